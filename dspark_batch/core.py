@@ -1,0 +1,186 @@
+"""The vocabulary that all parts share: requests, sampling, results, row errors. Standard library only."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Literal
+
+MAX_LOGPROBS = 64
+"""Largest number of alternatives that ``SamplingParams.logprobs`` may ask for."""
+
+
+class FinishReason(StrEnum):
+    """Why a sample ended."""
+
+    STOP = "stop"
+    """A stop token (end of sequence included) or a stop string."""
+    LENGTH = "length"
+    """``max_new_tokens`` was reached."""
+    ERROR = "error"
+    """The row failed; ``Result.error`` says why."""
+
+
+class ErrorCode(StrEnum):
+    """The closed list of reasons for which one row can fail while its job goes on."""
+
+    NULL_PROMPT = "null_prompt"
+    EMPTY_PROMPT = "empty_prompt"
+    TEMPLATE_ERROR = "template_error"
+    INVALID_TOKEN_IDS = "invalid_token_ids"
+    PROMPT_TOO_LONG = "prompt_too_long"
+    UNDECODABLE_TEXT = "undecodable_text"
+    NON_FINITE_LOGITS = "non_finite_logits"
+    ENGINE_ERROR = "engine_error"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RowError:
+    """Why one row failed.
+
+    ``retryable`` is true where the same row might succeed in another attempt (``--retry-failed`` tries those again).
+    """
+
+    code: ErrorCode
+    message: str
+    retryable: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """How tokens are drawn from the target's distribution.
+
+    The order of the steps is fixed: repetition penalty, temperature, top-k, top-p, min-p, then one draw by keyed Gumbel
+    noise. ``temperature=0`` is greedy and ignores top-k, top-p and min-p. The draw is a function of (target logits,
+    ``seed``, request id, sample index, position) and of nothing else.
+
+    Raises:
+        ValueError: a value is out of range; the message names the field and the value.
+    """
+
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float = 1.0
+    seed: int = 0
+    n: int = 1
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+
+    def __post_init__(self) -> None:
+        checks: tuple[tuple[str, bool, str], ...] = (
+            ("max_new_tokens", self.max_new_tokens >= 1, "must be at least 1"),
+            ("temperature", _finite(self.temperature) and self.temperature >= 0, "must be finite and at least 0"),
+            ("top_p", 0 < self.top_p <= 1, "must lie in (0, 1]"),
+            ("top_k", self.top_k is None or self.top_k >= 1, "must be at least 1, or None for no limit"),
+            ("min_p", self.min_p is None or 0 <= self.min_p <= 1, "must lie in [0, 1], or None"),
+            (
+                "repetition_penalty",
+                _finite(self.repetition_penalty) and self.repetition_penalty > 0,
+                "must be finite and above 0",
+            ),
+            ("seed", -(2**63) <= self.seed < 2**63, "must fit in 64 bits"),
+            ("n", self.n >= 1, "must be at least 1"),
+            ("stop", all(self.stop), "must not contain an empty string"),
+            ("stop_token_ids", all(i >= 0 for i in self.stop_token_ids), "must not be negative"),
+            (
+                "logprobs",
+                self.logprobs is None or 0 <= self.logprobs <= MAX_LOGPROBS,
+                f"must lie in [0, {MAX_LOGPROBS}], or None",
+            ),
+        )
+        for name, ok, rule in checks:
+            if not ok:
+                raise ValueError(f"sampling.{name} {rule}, got {getattr(self, name)!r}")
+
+    @property
+    def is_greedy(self) -> bool:
+        return self.temperature == 0.0
+
+
+def _finite(value: float) -> bool:
+    return math.isfinite(value)
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn of a chat; rendered by the checkpoint's own chat template."""
+
+    role: Literal["system", "user", "assistant"]
+    content: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """One prompt. Exactly one of ``prompt`` (raw text), ``messages`` (chat template) and ``prompt_token_ids`` is set.
+
+    ``id`` keys the random draw together with the seed, so it should be the row's identity, not its place in a batch.
+
+    Raises:
+        ValueError: none or several of the three prompt fields are set.
+    """
+
+    id: str
+    prompt: str | None = None
+    messages: tuple[Message, ...] | None = None
+    prompt_token_ids: tuple[int, ...] | None = None
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+
+    def __post_init__(self) -> None:
+        given = [n for n in ("prompt", "messages", "prompt_token_ids") if getattr(self, n) is not None]
+        if len(given) != 1:
+            raise ValueError(
+                f"request {self.id!r}: set exactly one of prompt, messages, prompt_token_ids; got {given or 'none'}"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """Log-probabilities of the target at one emitted position (natural log, after penalties and temperature 1).
+
+    ``top_token_ids`` and ``top_logprobs`` hold the k best tokens, best first.
+    """
+
+    token_id: int
+    logprob: float
+    top_token_ids: tuple[int, ...]
+    top_logprobs: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Result:
+    """One sample of one request. Failed rows have ``finish_reason=ERROR``, ``text=None`` and ``error`` set.
+
+    Counts are in tokens except ``num_rounds`` (target forwards in which this sample took part after its prefill).
+    ``num_generated_tokens`` counts emitted tokens, a stop token included; ``token_ids`` holds exactly those.
+    ``text`` is None where the checkpoint has no tokenizer.
+    """
+
+    id: str
+    sample: int = 0
+    text: str | None = None
+    token_ids: tuple[int, ...] = ()
+    finish_reason: FinishReason
+    num_prompt_tokens: int = 0
+    num_generated_tokens: int = 0
+    num_rounds: int = 0
+    num_drafted_tokens: int = 0
+    num_accepted_tokens: int = 0
+    logprobs: tuple[TokenLogprobs, ...] | None = None
+    error: RowError | None = None
+
+    @classmethod
+    def failed(cls, request: Request, error: RowError, *, sample: int = 0, num_prompt_tokens: int = 0) -> Result:
+        """The result of a row that could not be generated."""
+        return cls(
+            id=request.id,
+            sample=sample,
+            finish_reason=FinishReason.ERROR,
+            num_prompt_tokens=num_prompt_tokens,
+            error=error,
+        )

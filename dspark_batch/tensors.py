@@ -1,0 +1,131 @@
+"""Tensors that cross package borders, and the legend of their shapes and symbols.
+
+Shape letters: R requests (rows), K draft positions, T flat tokens, N flat positions that need logits, V vocabulary,
+H hidden, L layers, Hq query heads, Hkv key/value heads, D head dimension.
+
+Paper symbols (arXiv 2607.05147), named once: γ ``block_size``; c ``confidence``; a ``survival`` (running product of
+c); ℓ ``verify_len``; τ ``accepted_len`` (emitted tokens of a round, bonus included); B ``num_tokens`` (flat tokens of a
+verify forward); Θ ``tokens_per_s``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class RowSlice:
+    """One row's part of a flat forward: ``num_tokens`` query tokens at positions kv_len .. kv_len+num_tokens-1.
+
+    Token j of the slice sees exactly the row's KV[0 : kv_len + j + 1]. ``slot`` is the row's handle in the KV cache.
+    """
+
+    slot: int
+    kv_len: int
+    num_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardBatch:
+    """Flat, ragged input of one target forward: decode, verify and prefill slices side by side, no padding.
+
+    token_ids: [T] int64, the slices' tokens one after another; T is the sum of the slices' ``num_tokens``.
+    slices: the rows, in flat order; every slot at most once.
+    logit_index: [N] int64, increasing flat indexes whose logits are wanted.
+    taps: decoder layers whose outputs are wanted (id k = output of layer k, -1 = embedding output).
+    """
+
+    token_ids: Tensor
+    slices: tuple[RowSlice, ...]
+    logit_index: Tensor
+    taps: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardOutput:
+    """hidden: [N, H] final-norm output at ``logit_index``. features: [T, len(taps) * H] or None without taps."""
+
+    hidden: Tensor
+    features: Tensor | None = None
+
+
+class KVStore(Protocol):
+    """Owner of the KV memory. A slot is a row's reservation of a fixed number of tokens; it never moves or grows."""
+
+    @property
+    def num_total_tokens(self) -> int: ...
+
+    @property
+    def num_free_tokens(self) -> int: ...
+
+    def allocate(self, num_tokens: int, *, prefix: int | None = None, prefix_len: int = 0) -> int | None:
+        """Reserve room for positions prefix_len .. prefix_len+num_tokens-1; None when there is no room now.
+
+        With ``prefix``, positions below ``prefix_len`` are read from that slot, which stays alive while shared.
+        """
+        ...
+
+    def free(self, slot: int) -> None: ...
+
+    def poison(self, slot: int, kv_len: int) -> None:
+        """Fill the slot's KV at and past ``kv_len`` with NaN (tests: dead KV must never be read)."""
+        ...
+
+    def check_integrity(self) -> None: ...
+
+
+class Target(Protocol):
+    """The model whose distribution is served, with its KV memory. ``models.runner`` has the real one."""
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    @property
+    def max_context(self) -> int: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def kv(self) -> KVStore: ...
+
+    def forward(self, batch: ForwardBatch) -> ForwardOutput:
+        """Write the KV of every flat token, and give hidden states where asked."""
+        ...
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[N, H] -> [N, V] float32. Callers chunk over N."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class DraftBlock:
+    """What a drafter proposes for the rows of one round, ragged: ``token_ids[r]`` may be empty.
+
+    probs: per row [K_r, V] float32, exactly what each token was sampled from; None where the draft is one-hot.
+    confidence: per row K_r numbers in (0, 1), the chance that slot k is accepted given the earlier ones were; or None.
+    """
+
+    token_ids: Sequence[Sequence[int]]
+    probs: Sequence[Tensor | None] | None = None
+    confidence: Sequence[Sequence[float]] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class VerifyPlan:
+    """verify_len[r] <= len(draft.token_ids[r]): how many drafted tokens of each row go into the target forward."""
+
+    verify_len: Sequence[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """Outcome of a round per row: ``num_accepted[r]`` drafted tokens stand, then ``next_token[r]`` is emitted."""
+
+    num_accepted: Sequence[int]
+    next_token: Sequence[int]
