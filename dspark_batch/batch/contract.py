@@ -1,0 +1,35 @@
+"""What the batch worker needs of an engine. ``dspark_batch.engine.BatchEngine`` fulfils it; tests use a scripted one."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from dspark_batch.core import Request, Result
+
+
+class RowEngine(Protocol):
+    """A continuous-batching engine, driven by its caller's thread. Not thread-safe."""
+
+    @property
+    def num_unfinished(self) -> int:
+        """Samples that were added and have not come out of ``step`` yet."""
+        ...
+
+    @property
+    def max_concurrency(self) -> int:
+        """Samples decoded together; a caller that keeps about twice as many queued never starves it."""
+        ...
+
+    @property
+    def has_chat_template(self) -> bool: ...
+
+    def add(self, request: Request) -> int:
+        """Queue all ``sampling.n`` samples of a request; gives a ticket. A bad request comes back as an error result
+        from ``step``; only an engine fault raises."""
+        ...
+
+    def step(self) -> list[tuple[int, Result]]:
+        """Run one round; (ticket, result) of every sample that finished. Raises EngineError when the engine broke."""
+        ...
+
+    def close(self) -> None: ...

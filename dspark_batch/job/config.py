@@ -1,0 +1,164 @@
+"""The user's job config, as it stands in YAML. Pydantic only: validating a config loads no torch, Ray or Spark."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from dspark_batch.core import SamplingParams
+from dspark_batch.engine.config import (
+    Auto,
+    Device,
+    DrafterName,
+    DType,
+    EngineConfig,
+    ScheduleName,
+    VerificationMode,
+)
+
+OutputMode = Literal["resume", "overwrite", "error"]
+
+
+class Section(BaseModel):
+    """Base of all sections: unknown keys are errors, values cannot be changed after validation."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelSection(Section):
+    target: str = Field(default="smollm2-135m", description="embedded name, local path or hub id")
+    revision: str | None = Field(default=None, description="hub revision; only for hub ids")
+    dtype: DType = Field(default="auto", description="auto: bfloat16 where the device computes in it, else float32")
+
+
+class SpeculationSection(Section):
+    drafter: DrafterName = "auto"
+    path: str | None = Field(default=None, description="checkpoint of dspark or draft_model; null: the embedded one")
+    verification: VerificationMode = "coupled"
+    schedule: ScheduleName = "auto"
+    max_draft_tokens: int | None = Field(default=None, ge=1, le=64, description="γ; null: the drafter's own")
+
+
+class InputSection(Section):
+    path: str | list[str] = Field(description="file, folder, glob, or a list of them")
+    format: Literal["parquet", "jsonl"] | None = Field(default=None, description="null: from the file names")
+    id: str | None = Field(default=None, description="column that identifies a row; null: file and row index")
+    columns: list[str] | None = Field(default=None, description="columns to carry over; null: all")
+    filter: str | None = Field(default=None, description="a pyarrow dataset expression in Python syntax")
+
+
+class PromptSection(Section):
+    system: str | None = Field(default=None, description="system message; a Jinja2 template over the row")
+    template: str | None = Field(default=None, description="user message; a Jinja2 template over the row")
+    token_ids: str | None = Field(default=None, description="column of ready-made token ids, instead of a template")
+    chat: Literal["auto", "always", "never"] = Field(
+        default="auto", description="auto: the checkpoint's chat template where it has one"
+    )
+
+    @model_validator(mode="after")
+    def _one_source(self) -> PromptSection:
+        if (self.template is None) == (self.token_ids is None):
+            raise ValueError("set exactly one of prompt.template and prompt.token_ids")
+        if self.token_ids is not None and self.system is not None:
+            raise ValueError("prompt.system needs prompt.template; with prompt.token_ids it must be null")
+        return self
+
+
+class SamplingSection(Section):
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float = 1.0
+    seed: int = 0
+    n: int = 1
+    stop: list[str] = Field(default_factory=list)
+    stop_token_ids: list[int] = Field(default_factory=list)
+    ignore_eos: bool = False
+    logprobs: int | None = None
+
+    @model_validator(mode="after")
+    def _in_range(self) -> SamplingSection:
+        self.to_params()
+        return self
+
+    def to_params(self) -> SamplingParams:
+        """The same values as the engine takes them. Raises ValueError that names the field."""
+        values: dict[str, Any] = self.model_dump()
+        return SamplingParams(
+            **{**values, "stop": tuple(self.stop), "stop_token_ids": tuple(self.stop_token_ids)},
+        )
+
+
+class OutputSection(Section):
+    path: str = Field(description="folder of the run: one Parquet file per shard, manifest and reports in _dspark")
+    column: str = Field(default="text", description="name of the generated column")
+    mode: OutputMode = "resume"
+    token_ids: bool = Field(default=False, description="also write the generated token ids")
+
+
+class EngineSection(Section):
+    backend: Literal["ray", "local"] = "ray"
+    device: Device = "auto"
+    max_concurrency: int | Auto = "auto"
+    max_step_tokens: int = Field(default=2048, ge=16)
+    max_context: int | None = Field(default=None, ge=2)
+    kv_cache_gib: float | Auto = "auto"
+    threads: int | Auto = "auto"
+    share_prefixes: bool = True
+
+
+class RaySection(Section):
+    address: str | None = Field(default=None, description="cluster to join; null: RAY_ADDRESS, else a local one")
+    actors: int = Field(default=1, ge=1)
+    num_gpus: float | Auto = Field(default="auto", description="per actor; auto: 1 where the cluster has GPUs")
+    num_cpus: float | Auto = Field(default="auto", description="per actor; auto: an even share of the cluster")
+    shards_in_flight: int = Field(default=2, ge=1, description="shards that one actor decodes together")
+    load_timeout_s: float = Field(default=1800.0, gt=0, description="longest time to load the model plus one shard")
+
+
+class ShardSection(Section):
+    rows: int = Field(default=1024, ge=1, description="most rows per shard; a shard is committed as one")
+
+
+class LimitsSection(Section):
+    max_failed_fraction: float = Field(default=0.05, ge=0, le=1)
+    max_generated_tokens: int | None = Field(default=None, ge=1)
+
+
+class JobConfig(Section):
+    """One run. ``dspark_batch.job.loader`` reads it from YAML with ``key=value`` overrides."""
+
+    task: Literal["generate"] = "generate"
+    model: ModelSection = Field(default_factory=ModelSection)
+    speculation: SpeculationSection = Field(default_factory=SpeculationSection)
+    input: InputSection
+    prompt: PromptSection
+    sampling: SamplingSection = Field(default_factory=SamplingSection)
+    output: OutputSection
+    engine: EngineSection = Field(default_factory=EngineSection)
+    ray: RaySection = Field(default_factory=RaySection)
+    shards: ShardSection = Field(default_factory=ShardSection)
+    limits: LimitsSection = Field(default_factory=LimitsSection)
+
+    def engine_config(self) -> EngineConfig:
+        """The engine's settings out of the model, speculation and engine sections."""
+        return EngineConfig(
+            target=self.model.target,
+            revision=self.model.revision,
+            dtype=self.model.dtype,
+            device=self.engine.device,
+            drafter=self.speculation.drafter,
+            drafter_path=self.speculation.path,
+            verification=self.speculation.verification,
+            schedule=self.speculation.schedule,
+            max_draft_tokens=self.speculation.max_draft_tokens,
+            max_concurrency=self.engine.max_concurrency,
+            max_step_tokens=self.engine.max_step_tokens,
+            max_context=self.engine.max_context,
+            kv_cache_gib=self.engine.kv_cache_gib,
+            threads=self.engine.threads,
+            share_prefixes=self.engine.share_prefixes,
+        )
