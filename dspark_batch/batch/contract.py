@@ -1,4 +1,4 @@
-"""What the batch worker needs of an engine. ``dspark_batch.engine.BatchEngine`` fulfils it; tests use a scripted one."""
+"""What the batch worker needs of an engine. ``BatchEngine`` fulfils it; tests use a scripted one."""
 
 from __future__ import annotations
 
