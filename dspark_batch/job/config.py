@@ -81,15 +81,23 @@ class SamplingSection(Section):
 
     @model_validator(mode="after")
     def _in_range(self) -> SamplingSection:
-        self.to_params()
+        problems = []
+        for name, value in self.to_fields().items():
+            try:
+                SamplingParams(**{name: value})
+            except ValueError as error:
+                problems.append(str(error))
+        if problems:
+            raise ValueError("\n".join(problems))
         return self
+
+    def to_fields(self) -> dict[str, Any]:
+        """The values by name, lists as tuples."""
+        return {n: tuple(v) if isinstance(v, list) else v for n, v in self.model_dump().items()}
 
     def to_params(self) -> SamplingParams:
         """The same values as the engine takes them. Raises ValueError that names the field."""
-        values: dict[str, Any] = self.model_dump()
-        return SamplingParams(
-            **{**values, "stop": tuple(self.stop), "stop_token_ids": tuple(self.stop_token_ids)},
-        )
+        return SamplingParams(**self.to_fields())
 
 
 class OutputSection(Section):
