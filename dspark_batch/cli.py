@@ -1,0 +1,93 @@
+"""The command line. Heavy modules load inside the commands that need them."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dspark_batch.errors import ConfigError, DSparkBatchError, Problem
+from dspark_batch.job.outcome import ExitCode
+
+app = typer.Typer(
+    name="dspark-batch",
+    help="Lossless speculative decoding for offline LLM generation over tables.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+bench_app = typer.Typer(help="Measure throughput, acceptance and losslessness.", no_args_is_help=True)
+app.add_typer(bench_app, name="bench")
+
+
+@app.command()
+def run(
+    config: Annotated[Path, typer.Argument(help="YAML file of the job.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, such as sampling.seed=1.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Validate, count shards and rows, print the run.")] = False,
+    preview: Annotated[
+        int | None, typer.Option("--preview", min=1, metavar="N", help="Generate the first N rows; write nothing.")
+    ] = None,
+    retry_failed: Annotated[
+        bool, typer.Option("--retry-failed", help="Generate rows again that failed but may succeed.")
+    ] = False,
+) -> None:
+    """Run the job of CONFIG; the same command again resumes it."""
+    from dspark_batch.job.runner import dry_run_job, preview_job, run_job
+
+    chosen = [
+        flag
+        for flag, on in (("--dry-run", dry_run), ("--preview", preview is not None), ("--retry-failed", retry_failed))
+        if on
+    ]
+    if len(chosen) > 1:
+        raise ConfigError([Problem(" ".join(chosen), "exclude each other; give one of them", "command line")])
+    given = overrides or []
+    if dry_run:
+        code = dry_run_job(config, overrides=given)
+    elif preview is not None:
+        code = preview_job(config, overrides=given, num_rows=preview)
+    else:
+        code = run_job(config, overrides=given, retry_failed=retry_failed)
+    raise typer.Exit(code)
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    from dspark_batch import __version__
+
+    print(__version__)
+
+
+def run_cli(arguments: list[str] | None = None) -> int:
+    """Runs one command line (``sys.argv`` by default) and gives its exit code; errors of users go to stderr."""
+    try:
+        app(args=arguments)
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else ExitCode.OK
+    except ConfigError as error:
+        _complain("the config is not valid:", *(f"  {problem}" for problem in error.problems))
+        return ExitCode.BAD_CONFIG
+    except DSparkBatchError as error:
+        _complain(str(error))
+        return ExitCode.FATAL
+    return ExitCode.OK
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    sys.exit(run_cli())
+
+
+def _complain(*lines: str) -> None:
+    for number, line in enumerate(lines):
+        print(f"dspark-batch: {line}" if number == 0 else line, file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

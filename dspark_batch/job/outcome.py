@@ -1,0 +1,46 @@
+"""How a run ended: exit code, counts, and the few sample rows shown to the user."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from enum import IntEnum
+
+
+class ExitCode(IntEnum):
+    """Exit status of ``dspark-batch run``."""
+
+    OK = 0
+    """All rows are done."""
+    FATAL = 1
+    """The run could not go on, or was stopped before its end; the same command resumes."""
+    BAD_CONFIG = 2
+    """The config or the command line is wrong."""
+    SOME_ROWS_FAILED = 3
+    """Finished; some rows carry an error."""
+    TOO_MANY_FAILED = 4
+    """More rows failed than ``limits.max_failed_fraction`` allows."""
+
+
+@dataclass(slots=True)
+class Totals:
+    """Sums over committed shards. Tokens and rounds count good and failed rows alike."""
+
+    num_shards: int = 0
+    num_rows: int = 0
+    num_failed_rows: int = 0
+    num_prompt_tokens: int = 0
+    num_generated_tokens: int = 0
+    num_rounds: int = 0
+    num_drafted_tokens: int = 0
+    num_accepted_tokens: int = 0
+    failures: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def failed_fraction(self) -> float:
+        return self.num_failed_rows / self.num_rows if self.num_rows else 0.0
+
+    @property
+    def accepted_length(self) -> float | None:
+        """Emitted tokens per round; None before the first round."""
+        return self.num_generated_tokens / self.num_rounds if self.num_rounds else None

@@ -1,0 +1,142 @@
+"""The progress of a run: a bar on a terminal, a plain line every few seconds in a log."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Protocol, Self, TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+
+from dspark_batch.job.outcome import Totals
+
+LINE_INTERVAL_S = 5.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Work:
+    """What a run has to do: rows and shards that were not committed when it started."""
+
+    num_rows: int
+    num_shards: int
+
+
+class ProgressReport(Protocol):
+    """Shows totals while the run goes on; a context manager, so that the terminal is always left in order."""
+
+    def __enter__(self) -> Self: ...
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+    def update(self, totals: Totals) -> None: ...
+    def say(self, message: str) -> None: ...
+
+
+def progress_report(work: Work, *, stream: TextIO) -> ProgressReport:
+    """A bar where ``stream`` is a terminal, else plain lines."""
+    if stream.isatty():
+        return BarReport(work, console=Console(file=stream))
+    return LineReport(work, stream=stream)
+
+
+def format_progress(work: Work, totals: Totals, *, elapsed_s: float) -> str:
+    """Shards, tokens/s, accepted length, failures and time left, in one line."""
+    parts = [f"shards {totals.num_shards}/{work.num_shards}"]
+    if elapsed_s > 0:
+        parts.append(f"{totals.num_generated_tokens / elapsed_s:,.0f} tokens/s")
+    if totals.accepted_length is not None:
+        parts.append(f"accepted length {totals.accepted_length:.2f}")
+    parts.append(f"failed {totals.num_failed_rows}")
+    if totals.num_rows:
+        left_s = elapsed_s * (work.num_rows - totals.num_rows) / totals.num_rows
+        parts.append(f"left {format_duration(left_s)}")
+    return " · ".join(parts)
+
+
+def format_duration(seconds: float) -> str:
+    """``42s``, ``3m 05s``, ``2h 07m``."""
+    whole = max(0, round(seconds))
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m {whole % 60:02d}s"
+    return f"{whole // 3600}h {whole % 3600 // 60:02d}m"
+
+
+class LineReport:
+    """Writes a line at most every ``interval_s``, and one at the end."""
+
+    def __init__(
+        self,
+        work: Work,
+        *,
+        stream: TextIO,
+        interval_s: float = LINE_INTERVAL_S,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._work = work
+        self._stream = stream
+        self._interval_s = interval_s
+        self._clock = clock
+        self._start_s = self._written_s = clock()
+        self._unwritten: Totals | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._unwritten is not None:
+            self._write(self._unwritten)
+
+    def update(self, totals: Totals) -> None:
+        self._unwritten = totals
+        if self._clock() - self._written_s >= self._interval_s:
+            self._write(totals)
+
+    def say(self, message: str) -> None:
+        self._stream.write(message + "\n")
+        self._stream.flush()
+
+    def _write(self, totals: Totals) -> None:
+        self._written_s = self._clock()
+        self._unwritten = None
+        percent = 100 * totals.num_rows // self._work.num_rows if self._work.num_rows else 100
+        line = format_progress(self._work, totals, elapsed_s=self._written_s - self._start_s)
+        self.say(f"rows {totals.num_rows}/{self._work.num_rows} ({percent} %) · {line}")
+
+
+class BarReport:
+    """A bar over rows with the same figures beside it."""
+
+    def __init__(self, work: Work, *, console: Console, clock: Callable[[], float] = time.monotonic) -> None:
+        self._work = work
+        self._clock = clock
+        self._start_s = clock()
+        self._progress = Progress(
+            TextColumn("rows {task.completed:.0f}/{task.total:.0f}"),
+            BarColumn(),
+            TextColumn("{task.description}"),
+            console=console,
+        )
+        self._task = self._progress.add_task("starting", total=work.num_rows)
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+    def update(self, totals: Totals) -> None:
+        line = format_progress(self._work, totals, elapsed_s=self._clock() - self._start_s)
+        self._progress.update(self._task, completed=totals.num_rows, description=line)
+
+    def say(self, message: str) -> None:
+        self._progress.console.print(message, markup=False, highlight=False)

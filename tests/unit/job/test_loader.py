@@ -1,0 +1,119 @@
+"""The config loader: YAML, overrides, and every problem with its field, value and source."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from dspark_batch.errors import ConfigError, Problem
+from dspark_batch.job.config import JobConfig
+from dspark_batch.job.loader import COMMAND_LINE, absolute_paths, dump_config, load_config
+
+MINIMAL = """
+input: {path: in.parquet}
+prompt: {template: "{{ text }}"}
+output: {path: out}
+"""
+
+
+def write(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "job.yaml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def problems_of(path: Path, *overrides: str) -> dict[str, Problem]:
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, overrides=overrides)
+    return {problem.field: problem for problem in caught.value.problems}
+
+
+def test_a_minimal_file_takes_every_default(tmp_path: Path) -> None:
+    config = load_config(write(tmp_path, MINIMAL))
+    assert config.model.target == "smollm2-135m"
+    assert config.sampling.to_params().max_new_tokens == 256
+
+
+def test_an_empty_section_means_its_defaults(tmp_path: Path) -> None:
+    assert load_config(write(tmp_path, MINIMAL + "ray:\n")).ray.actors == 1
+
+
+def test_overrides_are_yaml_and_win_over_the_file(tmp_path: Path) -> None:
+    path = write(tmp_path, MINIMAL + "sampling: {seed: 1, top_k: 5, temperature: 0.5}\n")
+    config = load_config(path, overrides=["sampling.seed=7", "sampling.top_k=null", "sampling.stop=[a, b]"])
+    assert (config.sampling.seed, config.sampling.top_k, config.sampling.stop) == (7, None, ["a", "b"])
+    assert config.sampling.temperature == 0.5
+
+
+def test_an_override_may_hold_an_equals_sign(tmp_path: Path) -> None:
+    config = load_config(write(tmp_path, MINIMAL), overrides=["input.filter=stars == 5"])
+    assert config.input.filter == "stars == 5"
+
+
+def test_all_problems_are_listed_with_field_value_and_source(tmp_path: Path) -> None:
+    path = write(tmp_path, MINIMAL + "sampling: {top_p: 2, temperature: -1}\nengine: {threads: many}\n")
+    problems = problems_of(path, "shards.rows=0", "nonsense")
+    assert problems["sampling.top_p"].message == "must lie in (0, 1], got 2.0"
+    assert "got -1.0" in problems["sampling.temperature"].message
+    assert "'many'" in problems["engine.threads"].message
+    assert problems["engine.threads"].source == str(path)
+    assert problems["shards.rows"].source == COMMAND_LINE
+    assert "got 0" in problems["shards.rows"].message
+    assert "key=value" in problems["nonsense"].message
+
+
+@pytest.mark.parametrize(
+    ("text", "field", "suggestion"),
+    [("samplng: {}\n", "samplng", "sampling"), ("sampling: {temprature: 1}\n", "sampling.temprature", "temperature")],
+)
+def test_an_unknown_key_is_refused_with_a_suggestion(tmp_path: Path, text: str, field: str, suggestion: str) -> None:
+    message = problems_of(write(tmp_path, MINIMAL + text))[field].message
+    assert f"did you mean '{suggestion}'?" in message
+
+
+def test_an_unknown_key_unlike_any_other_lists_the_known_ones(tmp_path: Path) -> None:
+    assert "actors" in problems_of(write(tmp_path, MINIMAL + "ray: {zzz: 1}\n"))["ray.zzz"].message
+
+
+def test_a_key_that_stands_twice_is_refused_with_its_line(tmp_path: Path) -> None:
+    problems = problems_of(write(tmp_path, MINIMAL + "sampling:\n  seed: 1\n  seed: 2\n"))
+    assert "line 7" in problems["seed"].message
+
+
+def test_a_missing_section_is_named(tmp_path: Path) -> None:
+    problems = problems_of(write(tmp_path, "input: {path: a}\n"))
+    assert problems["prompt"].message == problems["output"].message == "is required and missing"
+
+
+@pytest.mark.parametrize("text", ["- a\n- b\n", "", "a: [1\n"], ids=["list", "empty", "not yaml"])
+def test_a_file_that_is_no_mapping_is_refused(tmp_path: Path, text: str) -> None:
+    assert "config" in problems_of(write(tmp_path, text))
+
+
+def test_a_file_that_does_not_exist_is_refused(tmp_path: Path) -> None:
+    assert "cannot be read" in problems_of(tmp_path / "absent.yaml")["config"].message
+
+
+def test_template_and_token_ids_together_are_refused(tmp_path: Path) -> None:
+    problems = problems_of(write(tmp_path, MINIMAL), "prompt.token_ids=ids")
+    assert "exactly one" in problems["prompt"].message
+
+
+def test_relative_paths_become_absolute_and_names_stay(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    config = load_config(write(tmp_path, MINIMAL), overrides=["input.path=[a/*.parquet, s3://b/c]"])
+    resolved = absolute_paths(config, base=tmp_path)
+    assert resolved.input.path == [f"{tmp_path}/a/*.parquet", "s3://b/c"]
+    assert resolved.output.path == f"{tmp_path}/out"
+    assert resolved.model.target == "smollm2-135m"
+    local = config.model_copy(update={"model": config.model.model_copy(update={"target": "model"})})
+    assert absolute_paths(local, base=tmp_path).model.target == f"{tmp_path}/model"
+
+
+def test_a_dumped_config_loads_to_the_same_config(tmp_path: Path) -> None:
+    config = load_config(write(tmp_path, MINIMAL))
+    dumped = dump_config(config)
+    assert load_config(write(tmp_path, dumped)) == config
+    assert set(yaml.safe_load(dumped)) == set(JobConfig.model_fields)
