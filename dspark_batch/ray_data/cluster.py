@@ -1,0 +1,120 @@
+"""Joins or starts Ray, and shares its CPUs and GPUs out among the actors."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import ray
+
+from dspark_batch.errors import ConfigError, Problem
+from dspark_batch.job.config import RaySection
+from dspark_batch.ray_data.environment import cluster_address
+
+LOCAL_OBJECT_STORE_BYTES = 128 * 1024 * 1024
+"""Only shard descriptors and commit records pass through it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ActorShare:
+    """What one actor takes of the cluster, and the CPU threads that its model may use."""
+
+    num_cpus: float
+    num_gpus: float
+
+    @property
+    def num_threads(self) -> int:
+        return max(1, math.floor(self.num_cpus))
+
+
+@contextmanager
+def ray_session(section: RaySection) -> Iterator[None]:
+    """Ray for the time of the block: one that runs in this process stays, else join, else start on the loopback.
+
+    What the block found running it leaves running; what it started or joined it leaves.
+
+    Raises:
+        ConfigError: the cluster at ``ray.address`` (or ``RAY_ADDRESS``) cannot be reached.
+    """
+    _quiet_loggers()
+    if ray.is_initialized():
+        yield
+        return
+    address = cluster_address(section.address)
+    if address is None:
+        ray.init(
+            address="local",
+            num_cpus=len(os.sched_getaffinity(0)),
+            include_dashboard=False,
+            _node_ip_address="127.0.0.1",
+            object_store_memory=LOCAL_OBJECT_STORE_BYTES,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+        )
+    else:
+        try:
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            raise ConfigError([Problem("ray.address", f"no Ray cluster answers at {address!r}: {error}")]) from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def actor_share(section: RaySection, *, device: str) -> ActorShare:
+    """The CPUs and GPUs of one actor: as configured, else an even share of what the nodes of the cluster have."""
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return share_of(nodes, section=section, device=device)
+
+
+def share_of(nodes: Sequence[Mapping[str, float]], *, section: RaySection, device: str) -> ActorShare:
+    """The same from the resources of every node.
+
+    Raises:
+        ConfigError: the cluster cannot place ``ray.actors`` actors with the configured ``ray.num_cpus`` and
+            ``ray.num_gpus``.
+    """
+    has_gpu = any(node.get("GPU", 0) >= 1 for node in nodes)
+    if section.num_gpus == "auto":
+        num_gpus = 1.0 if has_gpu and device != "cpu" else 0.0
+    else:
+        num_gpus = section.num_gpus
+    num_cpus = _even_share(nodes, actors=section.actors, num_gpus=num_gpus)
+    if section.num_cpus != "auto":
+        num_cpus = section.num_cpus
+    placed = sum(_places(node, num_cpus=num_cpus, num_gpus=num_gpus) for node in nodes)
+    if placed < section.actors:
+        have = ", ".join(f"{node.get('CPU', 0):g} CPUs and {node.get('GPU', 0):g} GPUs" for node in nodes)
+        message = (
+            f"{section.actors} actors with {num_cpus:g} CPUs and {num_gpus:g} GPUs each do not fit; room for {placed}; "
+            f"the nodes have: {have}"
+        )
+        raise ConfigError([Problem("ray.actors", message)])
+    return ActorShare(num_cpus=num_cpus, num_gpus=num_gpus)
+
+
+def _even_share(nodes: Sequence[Mapping[str, float]], *, actors: int, num_gpus: float) -> float:
+    """The largest whole number of CPUs that still places all actors; a fraction where there are too few CPUs."""
+    most = int(max((node.get("CPU", 0) for node in nodes), default=0))
+    for num_cpus in range(most, 0, -1):
+        if sum(_places(node, num_cpus=num_cpus, num_gpus=num_gpus) for node in nodes) >= actors:
+            return float(num_cpus)
+    total = sum(node.get("CPU", 0) for node in nodes)
+    return math.floor(100 * total / actors) / 100
+
+
+def _places(node: Mapping[str, float], *, num_cpus: float, num_gpus: float) -> int:
+    by_cpu = math.floor(node.get("CPU", 0) / num_cpus + 1e-9) if num_cpus > 0 else math.inf
+    by_gpu = math.floor(node.get("GPU", 0) / num_gpus + 1e-9) if num_gpus > 0 else math.inf
+    places = min(by_cpu, by_gpu)
+    return 10**6 if math.isinf(places) else int(places)
+
+
+def _quiet_loggers() -> None:
+    for name in ("ray", "ray.data"):
+        logging.getLogger(name).setLevel(logging.ERROR)

@@ -1,0 +1,62 @@
+"""The one small actor that the driver and the shard actors talk through: stop, faults, and a bound on restarts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+MAX_FRUITLESS_STARTS = 4
+"""Starts of an actor in a row, per actor of the pool, between which no shard was committed."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Failure:
+    """What ended the job inside an actor: the name of the exception class and its message."""
+
+    kind: str
+    message: str
+
+
+class JobControl:
+    """State of one run, kept in a Ray actor. It dies with the driver.
+
+    An engine fault ends the actor's process and Ray starts another, without end if need be; this is where it ends:
+    after ``MAX_FRUITLESS_STARTS`` starts per actor without a commit in between, the run counts as failed.
+    """
+
+    def __init__(self, *, num_actors: int) -> None:
+        self._max_starts = MAX_FRUITLESS_STARTS * num_actors
+        self._num_starts = 0
+        self._last_fault = "the process ended without a word (killed, out of memory, or crashed)"
+        self._failure: Failure | None = None
+        self._stopping = False
+
+    def begin_worker(self) -> bool:
+        """An actor starts. False: it must not, since the starts before it came to nothing."""
+        self._num_starts += 1
+        if self._num_starts > self._max_starts and self._failure is None:
+            message = f"the engine broke {self._num_starts - 1} times without finishing a shard; last: {self._last_fault}"
+            self._failure = Failure(kind="EngineError", message=message)
+        return self._failure is None
+
+    def begin_shard(self) -> bool:
+        """Whether an actor may begin another shard."""
+        return not self._stopping and self._failure is None
+
+    def note_commit(self) -> None:
+        self._num_starts = 0
+
+    def note_fault(self, message: str) -> None:
+        """The engine of an actor broke; its process ends and is replaced."""
+        self._last_fault = message
+
+    def fail(self, kind: str, message: str) -> None:
+        """The job cannot go on. The first failure is kept."""
+        if self._failure is None:
+            self._failure = Failure(kind=kind, message=message)
+
+    def stop(self) -> None:
+        """Begin no further shard."""
+        self._stopping = True
+
+    def failure(self) -> Failure | None:
+        return self._failure

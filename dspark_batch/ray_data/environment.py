@@ -1,0 +1,24 @@
+"""Process settings that must stand before Ray is imported. Imports no Ray itself."""
+
+from __future__ import annotations
+
+import os
+
+LOCAL_SETTINGS = {
+    # Despite its name this decides on every system whether Ray's processes listen on the loopback address only.
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_BACKEND_LOG_LEVEL": "fatal",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}
+
+
+def cluster_address(configured: str | None) -> str | None:
+    """The cluster to join: the configured one, else ``RAY_ADDRESS`` (set inside ``ray job submit``), else None."""
+    return configured or os.environ.get("RAY_ADDRESS") or None
+
+
+def prepare_local_environment() -> None:
+    """Settings of a Ray that this process starts: loopback only, no telemetry, quiet. Variables already set stay."""
+    for name, value in LOCAL_SETTINGS.items():
+        os.environ.setdefault(name, value)

@@ -1,0 +1,41 @@
+"""The control state of a Ray run: stop, failures, and the bound on restarts that come to nothing."""
+
+from __future__ import annotations
+
+from dspark_batch.ray_data.control import MAX_FRUITLESS_STARTS, Failure, JobControl
+
+
+def test_starts_without_a_commit_are_bounded_and_the_last_fault_is_told() -> None:
+    control = JobControl(num_actors=1)
+    assert all(control.begin_worker() for _ in range(MAX_FRUITLESS_STARTS))
+    control.note_fault("device lost")
+    assert not control.begin_worker()
+    failure = control.failure()
+    assert failure is not None
+    assert failure.kind == "EngineError"
+    assert "device lost" in failure.message
+    assert not control.begin_shard()
+
+
+def test_a_commit_resets_the_bound() -> None:
+    control = JobControl(num_actors=2)
+    for _ in range(3):
+        assert all(control.begin_worker() for _ in range(2 * MAX_FRUITLESS_STARTS))
+        control.note_commit()
+    assert control.failure() is None
+
+
+def test_no_shard_begins_after_a_stop() -> None:
+    control = JobControl(num_actors=1)
+    assert control.begin_shard()
+    control.stop()
+    assert not control.begin_shard()
+    assert control.failure() is None
+
+
+def test_the_first_failure_is_kept() -> None:
+    control = JobControl(num_actors=1)
+    control.fail("ModelError", "no such model")
+    control.fail("EngineError", "later")
+    assert control.failure() == Failure(kind="ModelError", message="no such model")
+    assert not control.begin_worker()
