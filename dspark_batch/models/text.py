@@ -1,0 +1,123 @@
+"""Text to token ids and back, by the checkpoint's own tokenizer and chat template."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from dspark_batch.core import Message
+from dspark_batch.errors import ModelError
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
+_INCOMPLETE = "�"
+
+
+class TextCodec:
+    """Wraps the tokenizer of one checkpoint; code from the checkpoint is never run."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+
+    @classmethod
+    def from_folder(cls, folder: Path) -> TextCodec | None:
+        """The codec of a checkpoint folder, or None where it has no tokenizer files.
+
+        Raises:
+            ModelError: the tokenizer files are there but cannot be loaded.
+        """
+        if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+            return None
+        from transformers import AutoTokenizer
+
+        try:
+            return cls(AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True))
+        except (OSError, ValueError, KeyError, ImportError) as error:
+            raise ModelError(f"the tokenizer in {folder} cannot be loaded: {error}") from error
+
+    @property
+    def has_chat_template(self) -> bool:
+        return bool(self._tokenizer.chat_template)
+
+    @property
+    def num_tokens(self) -> int:
+        """Size of the tokenizer's vocabulary, special tokens included."""
+        return len(self._tokenizer)
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a raw prompt, with the special tokens that the tokenizer adds to one."""
+        ids: list[int] = self._tokenizer.encode(text)
+        return ids
+
+    def encode_chat(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> list[int]:
+        """Token ids of a conversation by the chat template.
+
+        Raises:
+            ModelError: the checkpoint has no chat template.
+            ValueError: the template refuses these messages (for instance, roles out of order).
+        """
+        if not self.has_chat_template:
+            raise ModelError("the checkpoint has no chat template; give raw prompts or token ids instead of messages")
+        turns = [{"role": message.role, "content": message.content} for message in messages]
+        from jinja2 import TemplateError
+
+        try:
+            text = self._tokenizer.apply_chat_template(
+                turns, tokenize=False, add_generation_prompt=add_generation_prompt
+            )
+        except TemplateError as error:
+            raise ValueError(f"the chat template refused the messages: {error}") from error
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False)
+        return ids
+
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        text: str = self._tokenizer.decode(
+            list(token_ids), skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
+        )
+        return text
+
+
+class IncrementalDecoder:
+    """Text of a growing list of tokens at a cost per token that does not grow with the list.
+
+    Only the tokens since the last settled point are decoded again, together with a few before it (a tokenizer may
+    write a leading space differently at the start of a text). Text that ends inside a multi-byte character is held
+    back until the character is complete.
+    """
+
+    def __init__(self, codec: TextCodec) -> None:
+        self._codec = codec
+        self._ids: list[int] = []
+        self._context = 0
+        self._settled = 0
+        self._text = ""
+
+    @property
+    def text(self) -> str:
+        """The text so far that later tokens cannot change."""
+        return self._text
+
+    @property
+    def token_ids(self) -> Sequence[int]:
+        return self._ids
+
+    def append(self, token_ids: Sequence[int]) -> str:
+        """Add tokens; returns the text that became stable by them (maybe empty)."""
+        before = len(self._text)
+        for token_id in token_ids:
+            self._ids.append(token_id)
+            self._settle(final=False)
+        return self._text[before:]
+
+    def finish(self) -> str:
+        """The whole text, with replacement characters where the last character is incomplete."""
+        self._settle(final=True)
+        return self._text
+
+    def _settle(self, *, final: bool) -> None:
+        known = self._codec.decode(self._ids[self._context : self._settled])
+        text = self._codec.decode(self._ids[self._context :])
+        if len(text) <= len(known) or (text.endswith(_INCOMPLETE) and not final):
+            return
+        self._text += text[len(known) :]
+        self._context, self._settled = self._settled, len(self._ids)

@@ -1,0 +1,40 @@
+"""Tiny checkpoints and targets for the tests of ``dspark_batch.models``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dspark_batch.engine.config import EngineConfig
+from dspark_batch.models.loader import LoadedTarget, load_target
+from dspark_batch.testing.tiny import save_tiny_checkpoint
+
+_KV_CACHE_GIB = 0.002
+
+
+@pytest.fixture(autouse=True)
+def _private_cache(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if "model" not in request.keywords:
+        monkeypatch.setenv("DSPARK_BATCH_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """``checkpoint(family, **overrides)``: a tiny checkpoint's folder, written once a session."""
+    made: dict[str, Path] = {}
+
+    def make(family: str = "llama", **overrides: Any) -> Path:
+        key = repr((family, sorted(overrides.items())))
+        if key not in made:
+            made[key] = save_tiny_checkpoint(tmp_path_factory.mktemp(family), family, **overrides)
+        return made[key]
+
+    return make
+
+
+def load_tiny(folder: Path, *, attention: str | None = None, dtype: Any = "float32") -> LoadedTarget:
+    config = EngineConfig(target=str(folder), dtype=dtype, device="cpu", kv_cache_gib=_KV_CACHE_GIB)
+    return load_target(config, attention=attention)
