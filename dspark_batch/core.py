@@ -151,6 +151,12 @@ class TokenLogprobs:
     top_token_ids: tuple[int, ...]
     top_logprobs: tuple[float, ...]
 
+    def truncated(self, num_top: int) -> TokenLogprobs:
+        """The same with at most ``num_top`` alternatives."""
+        if len(self.top_token_ids) <= num_top:
+            return self
+        return TokenLogprobs(self.token_id, self.logprob, self.top_token_ids[:num_top], self.top_logprobs[:num_top])
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Result:

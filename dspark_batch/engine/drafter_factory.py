@@ -1,0 +1,65 @@
+"""From settings to parts: the drafter and the verification rule, each imported only when it is asked for."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any, cast
+
+from dspark_batch.drafters.base import Drafter
+from dspark_batch.drafters.ngram import DEFAULT_DRAFT_TOKENS, NgramDrafter
+from dspark_batch.drafters.none import NoDrafter
+from dspark_batch.engine.config import EngineConfig
+from dspark_batch.errors import ConfigError, Problem
+from dspark_batch.tensors import Target
+from dspark_batch.verification.base import Verifier
+from dspark_batch.verification.coupled import CoupledVerifier
+
+_DRAFTERS = {
+    "suffix": ("dspark_batch.drafters.suffix", "SuffixDrafter"),
+    "draft_model": ("dspark_batch.drafters.draft_model", "DraftModelDrafter"),
+    "dspark": ("dspark_batch.drafters.dspark.drafter", "DSparkDrafter"),
+}
+_VERIFIERS = {
+    "token": ("dspark_batch.verification.token", "TokenVerifier"),
+    "block": ("dspark_batch.verification.block", "BlockVerifier"),
+}
+
+
+def make_drafter(config: EngineConfig, target: Target, *, target_fingerprint: str) -> Drafter:
+    """The drafter of ``config``. Beyond ngram and none, the class is built by its
+    ``from_config(config, target, target_fingerprint=...)``.
+
+    Raises:
+        ConfigError: this version does not have the drafter, or it lacks its checkpoint.
+        ModelError: the drafter's checkpoint cannot be used with this target.
+    """
+    name = "none" if config.schedule == "off" else config.drafter
+    if name == "none":
+        return NoDrafter()
+    if name in ("auto", "ngram"):
+        return NgramDrafter(max_draft_tokens=config.max_draft_tokens or DEFAULT_DRAFT_TOKENS)
+    if name in ("draft_model", "dspark") and config.drafter_path is None:
+        raise ConfigError([Problem("engine.drafter_path", f"is not set, and drafter {name!r} needs a checkpoint")])
+    found = _load(*_DRAFTERS[name], field="engine.drafter", value=name)
+    return cast(Drafter, found.from_config(config, target, target_fingerprint=target_fingerprint))
+
+
+def make_verifier(config: EngineConfig) -> Verifier:
+    """The verification rule of ``config``.
+
+    Raises:
+        ConfigError: this version does not have the rule.
+    """
+    if config.verification == "coupled":
+        return CoupledVerifier()
+    found = _load(*_VERIFIERS[config.verification], field="engine.verification", value=config.verification)
+    return cast(Verifier, found())
+
+
+def _load(module: str, name: str, *, field: str, value: str) -> Any:
+    try:
+        return getattr(import_module(module), name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not module.startswith(error.name):
+            raise
+        raise ConfigError([Problem(field, f"{value!r} is not part of this version; choose another")]) from error

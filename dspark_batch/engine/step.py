@@ -1,0 +1,295 @@
+"""One round for all active rows: draft, plan, verify with prefill chunks in one target forward, commit."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from time import perf_counter
+
+import torch
+from torch import Tensor
+
+from dspark_batch.core import ErrorCode, RowError
+from dspark_batch.drafters.base import Drafter
+from dspark_batch.engine.prefixes import Prefix
+from dspark_batch.engine.state import RowState
+from dspark_batch.metrics import StepRecord
+from dspark_batch.sampling.sampler import PositionBatch, SampledRow
+from dspark_batch.scheduling.policies import LengthPolicy, RoundLoad
+from dspark_batch.tensors import DraftBlock, ForwardBatch, RowSlice, Target
+from dspark_batch.verification.base import Verifier, VerifyRow
+
+_LOGIT_ELEMENTS = 2**24
+"""Logits held at a time, in float32 elements; bounds the memory of sampling."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Part:
+    """One slice of the flat forward. owner: the row, or a shared prefix. draft: verified tokens after the anchor.
+
+    wants_logits: the slice ends with the row's last committed token (plus the draft), so a token will be emitted.
+    """
+
+    owner: RowState | Prefix
+    offset: int
+    num_tokens: int
+    draft: Sequence[int] = ()
+    draft_probs: Tensor | None = None
+    wants_logits: bool = False
+
+
+@dataclass(slots=True)
+class _Tally:
+    num_accepted_tokens: int = 0
+    num_emitted_tokens: int = 0
+    num_finished: int = 0
+
+
+class StepRunner:
+    """Runs rounds over rows that hold KV slots. Keeps no row between calls."""
+
+    def __init__(
+        self,
+        target: Target,
+        *,
+        drafter: Drafter,
+        policy: LengthPolicy,
+        verifier: Verifier,
+        max_step_tokens: int,
+        poison_dead_kv: bool = False,
+    ) -> None:
+        self._target = target
+        self._drafter = drafter
+        self._policy = policy
+        self._verifier = verifier
+        self._max_step_tokens = max_step_tokens
+        self._poison_dead_kv = poison_dead_kv
+        self._max_logit_positions = max(1, _LOGIT_ELEMENTS // target.vocab_size)
+
+    @torch.inference_mode()
+    def run(self, rows: Sequence[RowState], prefixes: Sequence[Prefix], *, num_queued: int) -> StepRecord:
+        """Advance every row that can go on. Finished and failed rows carry ``finish_reason`` or ``error`` afterwards.
+
+        ``rows``: at most ``max_step_tokens`` of them. ``prefixes``: shared prefixes with tokens left to compute.
+        """
+        started = perf_counter()
+        decoding = [row for row in rows if row.num_output]
+        filling = [row for row in rows if not row.num_output and not row.is_waiting]
+        num_pending = sum(p.num_pending for p in prefixes) + sum(row.num_pending for row in filling)
+        block, draft_s = self._draft(decoding, num_pending=num_pending, num_queued=num_queued)
+        parts, token_ids = self._lay_out(decoding, block, [*prefixes, *filling])
+        if not parts:
+            return StepRecord(num_queued=num_queued, host_s=perf_counter() - started)
+
+        forward_from = perf_counter()
+        output = self._target.forward(self._batch(parts, token_ids))
+        sample_from = perf_counter()
+        tally = self._decide([part for part in parts if part.wants_logits], output.hidden)
+        self._advance(parts, output.features)
+        commit_until = perf_counter()
+        num_verify = sum(len(p.draft) + 1 for p in parts[: len(decoding)])
+        forward_s, sample_s = sample_from - forward_from, commit_until - sample_from
+        return StepRecord(
+            num_rows=len(decoding),
+            num_prefill_tokens=len(token_ids) - num_verify,
+            num_verify_tokens=num_verify,
+            num_drafted_tokens=sum(map(len, block.token_ids)),
+            num_verified_draft_tokens=num_verify - len(decoding),
+            num_accepted_tokens=tally.num_accepted_tokens,
+            num_emitted_tokens=tally.num_emitted_tokens,
+            num_finished=tally.num_finished,
+            num_queued=num_queued,
+            draft_s=draft_s,
+            forward_s=forward_s,
+            sample_s=sample_s,
+            host_s=commit_until - started - draft_s - forward_s - sample_s,
+        )
+
+    def _draft(self, rows: Sequence[RowState], *, num_pending: int, num_queued: int) -> tuple[DraftBlock, float]:
+        """The drafts to verify, already cut to the plan, and the seconds that drafting took."""
+        nothing = DraftBlock(token_ids=[()] * len(rows))
+        if not rows or not self._drafter.max_draft_tokens:
+            return nothing, 0.0
+        spare = self._max_step_tokens - len(rows)
+        assert spare >= 0, "more rows than max_step_tokens"
+        share = (spare // 2 if num_pending else spare) // len(rows)
+        # The anchor's own prediction is always emitted, so a draft is one shorter than what is left.
+        limits = [min(share, row.max_new_tokens - row.num_output - 1) for row in rows]
+        load = RoundLoad(
+            handles=[row.draft_row.handle for row in rows],
+            limits=limits,
+            num_prefill_tokens=num_pending,
+            num_queued=num_queued,
+        )
+        lengths = self._policy.draft_lengths(load)
+        if not any(lengths):
+            return nothing, 0.0
+        started = perf_counter()
+        block = self._drafter.propose([row.draft_row for row in rows], lengths)
+        draft_s = perf_counter() - started
+        plan = self._policy.verify_plan(load, block)
+        for row, tokens, limit, length in zip(rows, block.token_ids, lengths, plan.verify_len, strict=True):
+            assert len(tokens) <= limit, f"{self._drafter.name} drafted {len(tokens)} tokens, {limit} were asked for"
+            assert 0 <= length <= len(tokens), f"a verify length of {length} for {len(tokens)} drafted tokens"
+            row.num_drafted += len(tokens)
+        cut = [tokens[:length] for tokens, length in zip(block.token_ids, plan.verify_len, strict=True)]
+        return DraftBlock(token_ids=cut, probs=block.probs), draft_s
+
+    def _lay_out(
+        self, decoding: Sequence[RowState], block: DraftBlock, filling: Sequence[RowState | Prefix]
+    ) -> tuple[list[_Part], list[int]]:
+        """The slices of the forward, decoding rows first, and their tokens; within ``max_step_tokens``."""
+        parts: list[_Part] = []
+        flat: list[int] = []
+        for r, row in enumerate(decoding):
+            assert row.kv_len == len(row.token_ids) - 1, "invariant 1: only the anchor's KV is missing"
+            draft = block.token_ids[r]
+            probs = block.probs[r] if block.probs is not None else None
+            parts.append(_Part(row, len(flat), 1 + len(draft), draft, probs, wants_logits=True))
+            flat.append(row.token_ids[-1])
+            flat.extend(draft)
+        for owner in filling:
+            num_tokens = min(owner.num_pending, self._max_step_tokens - len(flat))
+            if num_tokens <= 0:
+                break
+            ends = isinstance(owner, RowState) and num_tokens == owner.num_pending
+            parts.append(_Part(owner, len(flat), num_tokens, wants_logits=ends))
+            flat.extend(owner.token_ids[owner.kv_len : owner.kv_len + num_tokens])
+        return parts, flat
+
+    def _batch(self, parts: Sequence[_Part], token_ids: list[int]) -> ForwardBatch:
+        index: list[int] = []
+        for part in parts:
+            if part.wants_logits:
+                end = part.offset + part.num_tokens
+                index.extend(range(end - 1 - len(part.draft), end))
+        device = self._target.device
+        return ForwardBatch(
+            token_ids=torch.tensor(token_ids, dtype=torch.int64).to(device),
+            slices=tuple(RowSlice(p.owner.slot, p.owner.kv_len, p.num_tokens) for p in parts),
+            logit_index=torch.tensor(index, dtype=torch.int64).to(device),
+            taps=self._drafter.taps,
+        )
+
+    def _decide(self, parts: Sequence[_Part], hidden: Tensor) -> _Tally:
+        """Logits, verification and commit, for as many whole rows at a time as the logit memory allows."""
+        tally = _Tally()
+        first, flat = 0, 0
+        while first < len(parts):
+            last, num_positions = first, 0
+            while last < len(parts):
+                more = len(parts[last].draft) + 1
+                if num_positions and num_positions + more > self._max_logit_positions:
+                    break
+                num_positions += more
+                last += 1
+            logits = self._target.logits(hidden[flat : flat + num_positions])
+            self._decide_some(parts[first:last], logits, tally)
+            first, flat = last, flat + num_positions
+        return tally
+
+    def _decide_some(self, parts: Sequence[_Part], logits: Tensor, tally: _Tally) -> None:
+        rows = [part.owner for part in parts if isinstance(part.owner, RowState)]
+        draws = PositionBatch(
+            logits,
+            [
+                SampledRow(
+                    row.sampling,
+                    row.draft_row.noise_key,
+                    len(row.token_ids),
+                    part.draft,
+                    row.seen.view() if row.seen is not None else None,
+                )
+                for row, part in zip(rows, parts, strict=True)
+            ],
+        )
+        finite = draws.finite()
+        verdict = self._verifier.verify([_verify_row(row, part) for row, part in zip(rows, parts, strict=True)], draws)
+        flat = 0
+        wanted: list[tuple[RowState, int, list[int]]] = []
+        for row, part, accepted, after in zip(rows, parts, verdict.num_accepted, verdict.next_token, strict=True):
+            if all(finite[flat : flat + accepted + 1]):
+                emitted = _commit(row, [*part.draft[:accepted], after], accepted, tally)
+                if row.sampling.logprobs is not None:
+                    wanted.append((row, flat, emitted))
+            else:
+                row.error = RowError(
+                    code=ErrorCode.NON_FINITE_LOGITS,
+                    message=f"{row.request.id!r}: the target gave NaN or infinite logits after {row.num_output} tokens",
+                )
+                tally.num_finished += 1
+            flat += len(part.draft) + 1
+        _record_logprobs(draws, wanted)
+
+    def _advance(self, parts: Sequence[_Part], features: Tensor | None) -> None:
+        """Move every owner's ``kv_len`` to what is now valid, and tell the drafter."""
+        for part in parts:
+            owner = part.owner
+            start = owner.kv_len
+            if isinstance(owner, Prefix):
+                owner.kv_len += part.num_tokens
+                if features is not None:
+                    owner.features.append(features[part.offset : part.offset + part.num_tokens].clone())
+                continue
+            if owner.error is not None:
+                continue
+            if part.wants_logits:
+                owner.kv_len = len(owner.token_ids) - 1
+            else:
+                owner.kv_len += part.num_tokens
+            assert start < owner.kv_len <= start + part.num_tokens, "a round commits between 1 and all of its tokens"
+            self._observe(owner, part, start, features)
+            if self._poison_dead_kv:
+                self._target.kv.poison(owner.slot, owner.kv_len)
+
+    def _observe(self, row: RowState, part: _Part, start: int, features: Tensor | None) -> None:
+        if features is None:
+            self._drafter.observe(row.draft_row, None, start)
+            return
+        if row.prefix is not None and start == row.prefix.num_tokens:
+            shared = torch.cat(row.prefix.prefix.features)[: row.prefix.num_tokens]
+            self._drafter.observe(row.draft_row, shared, 0)
+        valid = features[part.offset : part.offset + row.kv_len - start]
+        self._drafter.observe(row.draft_row, valid, start)
+
+
+def _verify_row(row: RowState, part: _Part) -> VerifyRow:
+    probs = part.draft_probs
+    return VerifyRow(
+        sampling=row.sampling,
+        noise_key=row.draft_row.noise_key,
+        request_id=row.request.id,
+        sample=row.sample,
+        round_index=row.num_rounds,
+        draft=part.draft,
+        draft_probs=probs[: len(part.draft)] if probs is not None else None,
+    )
+
+
+def _commit(row: RowState, tokens: list[int], num_accepted: int, tally: _Tally) -> list[int]:
+    """Append tokens up to a stop or the length limit (invariant 6); gives those that were emitted."""
+    if row.num_output:
+        row.num_rounds += 1
+    num_emitted = 0
+    for token in tokens:
+        num_emitted += 1
+        if row.commit(token):
+            tally.num_finished += 1
+            break
+    num_accepted = min(num_accepted, num_emitted)
+    row.num_accepted += num_accepted
+    tally.num_accepted_tokens += num_accepted
+    tally.num_emitted_tokens += num_emitted
+    return tokens[:num_emitted]
+
+
+def _record_logprobs(draws: PositionBatch, wanted: Sequence[tuple[RowState, int, list[int]]]) -> None:
+    if not wanted:
+        return
+    positions = [flat + j for _, flat, emitted in wanted for j in range(len(emitted))]
+    tokens = [token for _, _, emitted in wanted for token in emitted]
+    num_top = max(row.sampling.logprobs or 0 for row, _, _ in wanted)
+    found = iter(draws.logprobs(positions, tokens, num_top))
+    for row, _, emitted in wanted:
+        keep = row.sampling.logprobs or 0
+        row.logprobs.extend(next(found).truncated(keep) for _ in emitted)

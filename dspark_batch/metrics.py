@@ -1,0 +1,84 @@
+"""Counters of the engine: one frozen record per round, and running totals. Standard library only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepRecord:
+    """One engine step: a target forward with what came before and after it.
+
+    num_rows: samples with a verify slice. num_verify_tokens: their flat tokens, anchors included. num_prefill_tokens:
+    flat prompt tokens of the same forward. num_drafted_tokens: proposed by the drafter, whether verified or not.
+    num_accepted_tokens: drafted tokens that stand; num_emitted_tokens also counts the one that follows them, less what
+    a stop or the length limit dropped. The four times add up to the step: drafting, target forward, logits with
+    sampling and verification, and everything else on the host.
+    """
+
+    num_rows: int = 0
+    num_prefill_tokens: int = 0
+    num_verify_tokens: int = 0
+    num_drafted_tokens: int = 0
+    num_verified_draft_tokens: int = 0
+    num_accepted_tokens: int = 0
+    num_emitted_tokens: int = 0
+    num_finished: int = 0
+    num_queued: int = 0
+    draft_s: float = 0.0
+    forward_s: float = 0.0
+    sample_s: float = 0.0
+    host_s: float = 0.0
+
+
+@dataclass(slots=True)
+class EngineStats:
+    """Totals over all steps of an engine; times in seconds, counts as in :class:`StepRecord`."""
+
+    num_steps: int = 0
+    num_row_rounds: int = 0
+    num_prefill_tokens: int = 0
+    num_shared_prefix_tokens: int = 0
+    num_verify_tokens: int = 0
+    num_drafted_tokens: int = 0
+    num_verified_draft_tokens: int = 0
+    num_accepted_tokens: int = 0
+    num_emitted_tokens: int = 0
+    num_finished: int = 0
+    num_failed: int = 0
+    draft_s: float = 0.0
+    forward_s: float = 0.0
+    sample_s: float = 0.0
+    host_s: float = 0.0
+    last: StepRecord | None = None
+
+    def add(self, record: StepRecord) -> None:
+        self.num_steps += 1
+        self.num_row_rounds += record.num_rows
+        self.num_prefill_tokens += record.num_prefill_tokens
+        self.num_verify_tokens += record.num_verify_tokens
+        self.num_drafted_tokens += record.num_drafted_tokens
+        self.num_verified_draft_tokens += record.num_verified_draft_tokens
+        self.num_accepted_tokens += record.num_accepted_tokens
+        self.num_emitted_tokens += record.num_emitted_tokens
+        self.num_finished += record.num_finished
+        self.draft_s += record.draft_s
+        self.forward_s += record.forward_s
+        self.sample_s += record.sample_s
+        self.host_s += record.host_s
+        self.last = record
+
+    @property
+    def total_s(self) -> float:
+        return self.draft_s + self.forward_s + self.sample_s + self.host_s
+
+    @property
+    def accepted_length(self) -> float | None:
+        """Mean tokens per row and round, the one after the draft included; None before the first round."""
+        if not self.num_row_rounds:
+            return None
+        return 1.0 + self.num_accepted_tokens / self.num_row_rounds
+
+    def as_dict(self) -> dict[str, int | float]:
+        """The totals by name, for a metrics line."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "last"}
