@@ -1,0 +1,353 @@
+// Ragged attention over a slot cache.
+//
+// Keys are cut into chunks of CHUNK_KEYS at multiples of CHUNK_KEYS of the row's own positions, whatever the batch, the
+// threads and the sharing of prefixes. A chunk gives every query its maximum, its sum of exponentials and its weighted
+// sum of values; these are folded in the order of the chunks. So a token's result is a function of the token and of its
+// row's keys and values alone, bit for bit.
+#pragma once
+#include <cmath>
+#include <limits>
+#include <vector>
+
+#include "parallel.hpp"
+#include "vec.hpp"
+
+namespace ds {
+
+constexpr int CHUNK_KEYS = 256;
+constexpr int PACK_KEYS = 32;      // keys side by side in a packed key block: two vectors
+constexpr int QUERY_TILE = 6;      // queries that one micro-kernel call keeps in registers
+constexpr int MAX_SPLIT_TOKENS = 16;  // longer slices are cut by tokens, shorter ones by chunks
+constexpr int TOKEN_TILE = 32;
+constexpr int MAX_HEAD_DIM = 256;
+
+struct Row {
+  int32_t token_start, num_tokens, kv_len, own_start, prefix_start, prefix_len;
+};
+
+struct Shape {
+  int32_t num_q_heads, num_kv_heads, head_dim, window;
+  int64_t cache_tokens;  // N of the cache [Hkv, N, D]
+  float scale, norm_eps;
+};
+
+struct Item {
+  int32_t row, num_rows, kv_head, token0, num_tokens, chunk0, num_chunks;
+  bool split;  // one chunk into the partials of its rows, else all chunks straight to the output
+};
+
+struct Plan {
+  Shape shape;
+  std::vector<Row> rows;
+  std::vector<int32_t> order;       // rows, those that share a prefix side by side
+  std::vector<int32_t> token_row;   // [T]
+  std::vector<int64_t> partial_at;  // [R] first partial of a row, -1 where the row is not split
+  std::vector<Item> items;
+  int64_t num_partials = 0, work = 0;
+  int num_tokens = 0;
+
+  int group() const { return shape.num_q_heads / shape.num_kv_heads; }
+  int first_chunk(const Row& r) const {
+    int lo = shape.window ? r.kv_len + 1 - shape.window : 0;
+    return lo > 0 ? lo / CHUNK_KEYS : 0;
+  }
+  static int end_chunk(int last_position) { return last_position / CHUNK_KEYS + 1; }
+  int partial_stride() const { return shape.head_dim + 2; }
+};
+
+// --- packing -------------------------------------------------------------------------------------------------------
+
+inline void transpose16(const uint32_t* const rows[16], uint32_t* out, int stride) {
+  vu v[16];
+  for (int i = 0; i < 16; i++) std::memcpy(&v[i], rows[i], 64);
+#ifdef DSPARK_AVX512
+  __m512i a[16], b[16];
+  for (int i = 0; i < 16; i += 2) {
+    a[i] = _mm512_unpacklo_epi32((__m512i)v[i], (__m512i)v[i + 1]);
+    a[i + 1] = _mm512_unpackhi_epi32((__m512i)v[i], (__m512i)v[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4)
+    for (int j = 0; j < 2; j++) {
+      b[i + 2 * j] = _mm512_unpacklo_epi64(a[i + j], a[i + j + 2]);
+      b[i + 2 * j + 1] = _mm512_unpackhi_epi64(a[i + j], a[i + j + 2]);
+    }
+  for (int c = 0; c < 4; c++) {  // b[4q+c] holds columns c, c+4, c+8, c+12 of rows 4q .. 4q+3
+    __m512i x = _mm512_shuffle_i32x4(b[c], b[4 + c], 0x88), y = _mm512_shuffle_i32x4(b[8 + c], b[12 + c], 0x88);
+    __m512i z = _mm512_shuffle_i32x4(b[c], b[4 + c], 0xdd), w = _mm512_shuffle_i32x4(b[8 + c], b[12 + c], 0xdd);
+    _mm512_storeu_si512(out + (c + 0) * stride, _mm512_shuffle_i32x4(x, y, 0x88));
+    _mm512_storeu_si512(out + (c + 8) * stride, _mm512_shuffle_i32x4(x, y, 0xdd));
+    _mm512_storeu_si512(out + (c + 4) * stride, _mm512_shuffle_i32x4(z, w, 0x88));
+    _mm512_storeu_si512(out + (c + 12) * stride, _mm512_shuffle_i32x4(z, w, 0xdd));
+  }
+#else
+  for (int i = 0; i < 16; i++)
+    for (int j = 0; j < 16; j++) out[j * stride + i] = v[i][j];
+#endif
+}
+
+// Where the keys (or values) of positions [k0, k0 + count) lie: at most two contiguous runs.
+template <class T>
+struct Span {
+  const T* base[2];
+  int count[2];
+  const T* at(int i, int dim) const {
+    return i < count[0] ? base[0] + int64_t(i) * dim : base[1] + int64_t(i - count[0]) * dim;
+  }
+};
+
+template <class T>
+inline Span<T> span_of(const T* head, const Row& r, int dim, int k0, int count) {
+  int before = r.prefix_len - k0;
+  before = before < 0 ? 0 : before > count ? count : before;
+  int64_t own = int64_t(r.own_start) + (k0 > r.prefix_len ? k0 - r.prefix_len : 0);
+  return {{head + (int64_t(r.prefix_start) + k0) * dim, head + own * dim}, {before, count - before}};
+}
+
+// out [blocks][dim cells][PACK_KEYS] cells; keys past `count` are zero.
+template <class T>
+inline void pack_keys(const Span<T>& keys, int count, int dim, float* out) {
+  alignas(64) static const uint32_t zeros[MAX_HEAD_DIM] = {};
+  int cells = dim / per_cell<T>;
+  for (int k = 0; k < count; k += LANES) {
+    float* block = out + int64_t(k / PACK_KEYS) * cells * PACK_KEYS + k % PACK_KEYS;
+    const uint32_t* row[16];
+    for (int i = 0; i < 16; i++)
+      row[i] = k + i < count ? reinterpret_cast<const uint32_t*>(keys.at(k + i, dim)) : zeros;
+    int c = 0;
+    for (; c + 16 <= cells; c += 16) {
+      const uint32_t* from[16];
+      for (int i = 0; i < 16; i++) from[i] = row[i] + c;
+      transpose16(from, reinterpret_cast<uint32_t*>(block) + c * PACK_KEYS, PACK_KEYS);
+    }
+    for (; c < cells; c++)
+      for (int i = 0; i < 16; i++) std::memcpy(block + c * PACK_KEYS + i, row[i] + c, 4);
+  }
+  if ((count + LANES - 1) / LANES % 2)  // the second half of the last block
+    for (int c = 0; c < cells; c++)
+      store(out + (int64_t(count / PACK_KEYS) * cells + c) * PACK_KEYS + LANES, vf{});
+}
+
+// --- one chunk -----------------------------------------------------------------------------------------------------
+
+template <class T>
+struct Query {
+  const T* q;
+  int lo, hi;      // visible keys of this chunk, relative to its first key
+  float* partial;  // max, sum, D weighted values
+};
+
+template <class T, int NQ>
+inline void score_block(const Query<T>* qs, const float* block, int cells, float scale, float* s) {
+  vf acc[NQ][2] = {};
+  for (int c = 0; c < cells; c++) {
+    vf k0 = load(block + c * PACK_KEYS), k1 = load(block + c * PACK_KEYS + LANES);
+    for (int i = 0; i < NQ; i++) {
+      vf x = broadcast_cell(qs[i].q + c * per_cell<T>);
+      acc[i][0] = dot_cell<T>(acc[i][0], k0, x);
+      acc[i][1] = dot_cell<T>(acc[i][1], k1, x);
+    }
+  }
+  for (int i = 0; i < NQ; i++) {
+    store(s + i * CHUNK_KEYS, acc[i][0] * scale);
+    store(s + i * CHUNK_KEYS + LANES, acc[i][1] * scale);
+  }
+}
+
+// Sums of p over NV vectors of every value in [k0, k1).
+template <class T, int NQ, int NV>
+inline void value_block(const Query<T>* qs, const Span<T>& values, int dim, int at, int k0, int k1, const float* p) {
+  vf acc[NQ][NV] = {};
+  for (int part = 0; part < 2; part++) {
+    int first = part ? values.count[0] : 0, last = part ? values.count[0] + values.count[1] : values.count[0];
+    int from = k0 > first ? k0 : first, to = k1 < last ? k1 : last;
+    for (int k = from; k < to; k++) {
+      const T* v = values.base[part] + int64_t(k - first) * dim + at;
+      vf x[NV];
+      for (int j = 0; j < NV; j++) x[j] = load(v + j * LANES);
+      for (int i = 0; i < NQ; i++) {
+        vf w = splat(p[i * CHUNK_KEYS + k]);
+        for (int j = 0; j < NV; j++) acc[i][j] = fma(w, x[j], acc[i][j]);
+      }
+    }
+  }
+  for (int i = 0; i < NQ; i++)
+    for (int j = 0; j < NV; j++) store(qs[i].partial + 2 + at + j * LANES, acc[i][j]);
+}
+
+// Scores to exponentials in place; maximum and sum into the partial.
+template <class T>
+inline void exponentials(const Query<T>& q, int k0, int k1, float* s) {
+  alignas(64) float lane[LANES];
+  for (int i = 0; i < LANES; i++) lane[i] = float(i);
+  const vf none = splat(-std::numeric_limits<float>::infinity()), index = load(lane);
+  vf top = none, sum = {};
+  for (int k = k0; k < k1; k += LANES) {
+    vf x = load(s + k);
+    if (k < q.lo || k + LANES > q.hi) {
+      vf at = index + float(k);
+      vi seen = (vi)(at >= splat(float(q.lo))) & (vi)(at < splat(float(q.hi)));
+      x = (vf)(((vi)x & seen) | ((vi)none & ~seen));
+      store(s + k, x);
+    }
+    top = vmax(top, x);
+  }
+  float m = hmax(top);
+  if (m == -std::numeric_limits<float>::infinity()) m = 0;
+  for (int k = k0; k < k1; k += LANES) {
+    vf e = exp_neg(load(s + k) - m);
+    store(s + k, e);
+    sum += e;
+  }
+  q.partial[0] = q.hi > q.lo ? m : -std::numeric_limits<float>::infinity();
+  q.partial[1] = hsum(sum);
+}
+
+template <class T, int NQ>
+void chunk_tile(const Query<T>* qs, const float* keys, const Span<T>& values, int dim, float scale, float* s) {
+  int lo = CHUNK_KEYS, hi = 0, cells = dim / per_cell<T>;
+  for (int i = 0; i < NQ; i++) {
+    if (qs[i].lo >= qs[i].hi) continue;
+    lo = qs[i].lo < lo ? qs[i].lo : lo;
+    hi = qs[i].hi > hi ? qs[i].hi : hi;
+  }
+  if (lo >= hi) lo = hi = 0;
+  int from = lo / PACK_KEYS * PACK_KEYS, to = (hi + PACK_KEYS - 1) / PACK_KEYS * PACK_KEYS;
+  for (int k = from; k < to; k += PACK_KEYS)
+    score_block<T, NQ>(qs, keys + int64_t(k) * cells, cells, scale, s + k);
+  for (int i = 0; i < NQ; i++) exponentials(qs[i], from, to, s + i * CHUNK_KEYS);
+  int at = 0;
+  for (; at + 64 <= dim; at += 64) value_block<T, NQ, 4>(qs, values, dim, at, lo, hi, s);
+  for (; at + 32 <= dim; at += 32) value_block<T, NQ, 2>(qs, values, dim, at, lo, hi, s);
+  for (; at < dim; at += 16) value_block<T, NQ, 1>(qs, values, dim, at, lo, hi, s);
+}
+
+template <class T>
+void chunk_attend(const Query<T>* qs, int num, const float* keys, const Span<T>& values, int dim, float scale) {
+  alignas(64) float s[QUERY_TILE * CHUNK_KEYS];
+  int i = 0;
+  for (; i + QUERY_TILE <= num; i += QUERY_TILE) chunk_tile<T, QUERY_TILE>(qs + i, keys, values, dim, scale, s);
+  switch (num - i) {
+    case 5: return chunk_tile<T, 5>(qs + i, keys, values, dim, scale, s);
+    case 4: return chunk_tile<T, 4>(qs + i, keys, values, dim, scale, s);
+    case 3: return chunk_tile<T, 3>(qs + i, keys, values, dim, scale, s);
+    case 2: return chunk_tile<T, 2>(qs + i, keys, values, dim, scale, s);
+    case 1: return chunk_tile<T, 1>(qs + i, keys, values, dim, scale, s);
+    default: return;
+  }
+}
+
+// total = total + part, both [max, sum, D values]; an empty part changes nothing.
+inline void fold(float* total, const float* part, int dim) {
+  float m = total[0] > part[0] ? total[0] : part[0];
+  if (part[1] == 0.0f) return;
+  vf a = exp_neg(splat(total[0] - m)), b = exp_neg(splat(part[0] - m));
+  total[0] = m;
+  total[1] = a[0] * total[1] + b[0] * part[1];
+  for (int d = 0; d < dim; d += LANES) {
+    vf scaled = b * load(part + 2 + d);
+    store(total + 2 + d, fma(a, load(total + 2 + d), scaled));
+  }
+}
+
+inline void clear(float* total, int dim) {
+  total[0] = -std::numeric_limits<float>::infinity();
+  for (int d = 1; d < dim + 2; d++) total[d] = 0;
+}
+
+template <class T>
+inline void finish(const float* total, int dim, T* out) {
+  vf inv = splat(1.0f / total[1]);
+  for (int d = 0; d < dim; d += LANES) store(out + d, load(total + 2 + d) * inv);
+}
+
+// --- items ---------------------------------------------------------------------------------------------------------
+
+template <class T>
+struct Attend {
+  const Plan& plan;
+  const T* qkv;  // [T, (Hq + 2 Hkv) D], after rotation
+  const T *k, *v;  // one layer: [Hkv, N, D]
+  T* out;          // [T, Hq D]
+  float* partials;
+
+  int qkv_width() const { return (plan.shape.num_q_heads + 2 * plan.shape.num_kv_heads) * plan.shape.head_dim; }
+  const T* head(const T* cache, int kv_head) const {
+    return cache + int64_t(kv_head) * plan.shape.cache_tokens * plan.shape.head_dim;
+  }
+  int chunks_of(const Row& r) const {
+    return Plan::end_chunk(r.kv_len + r.num_tokens - 1) - plan.first_chunk(r);
+  }
+  // [chunk][query] partials of a split row and KV head
+  float* partial(int row, int kv_head, int chunk, int query) const {
+    const Row& r = plan.rows[row];
+    int queries = r.num_tokens * plan.group();
+    int64_t i = plan.partial_at[row] + (int64_t(kv_head) * chunks_of(r) + chunk - plan.first_chunk(r)) * queries + query;
+    return partials + i * plan.partial_stride();
+  }
+
+  void bounds(Query<T>& q, int position, int k0) const {
+    int window = plan.shape.window, lo = window ? position + 1 - window : 0;
+    q.hi = position + 1 - k0 < CHUNK_KEYS ? position + 1 - k0 : CHUNK_KEYS;
+    q.lo = lo > k0 ? lo - k0 : 0;
+    if (q.hi < 0) q.hi = 0;
+  }
+
+  void run(const Item& item) const {
+    const int dim = plan.shape.head_dim, group = plan.group(), stride = plan.partial_stride();
+    int count = 0;
+    for (int i = 0; i < item.num_rows; i++) count += plan.rows[plan.order[item.row + i]].num_tokens * group;
+    if (!item.split) count = item.num_tokens * group;
+    static thread_local std::vector<Query<T>> qs;
+    qs.resize(count);
+    float* keys = scratch<0>(CHUNK_KEYS * dim + size_t(item.split ? 0 : 2 * count * stride));
+    float *parts = keys + CHUNK_KEYS * dim, *totals = parts + size_t(count) * stride;
+    if (!item.split)
+      for (int i = 0; i < count; i++) clear(totals + i * stride, dim);
+    for (int chunk = item.chunk0; chunk < item.chunk0 + item.num_chunks; chunk++) {
+      const int k0 = chunk * CHUNK_KEYS;
+      int n = 0, last = 0;
+      for (int i = 0; i < item.num_rows; i++) {
+        int index = plan.order[item.row + i];
+        const Row& r = plan.rows[index];
+        int t0 = item.split ? 0 : item.token0, t1 = item.split ? r.num_tokens : item.token0 + item.num_tokens;
+        for (int t = t0; t < t1; t++)
+          for (int g = 0; g < group; g++, n++) {
+            Query<T>& q = qs[n];
+            q.q = qkv + int64_t(r.token_start + t) * qkv_width() + (item.kv_head * group + g) * dim;
+            q.partial = item.split ? partial(index, item.kv_head, chunk, t * group + g) : parts + n * stride;
+            bounds(q, r.kv_len + t, k0);
+            last = q.hi > last ? q.hi : last;
+          }
+      }
+      const Row& r = plan.rows[plan.order[item.row]];
+      pack_keys(span_of(head(k, item.kv_head), r, dim, k0, last), last, dim, keys);
+      chunk_attend(qs.data(), n, keys, span_of(head(v, item.kv_head), r, dim, k0, last), dim, plan.shape.scale);
+      if (!item.split)
+        for (int i = 0; i < n; i++) fold(totals + i * stride, qs[i].partial, dim);
+    }
+    if (item.split) return;
+    int token = plan.rows[plan.order[item.row]].token_start + item.token0;
+    for (int i = 0; i < count; i++) {
+      T* to = out + (int64_t(token + i / group) * plan.shape.num_q_heads + item.kv_head * group + i % group) * dim;
+      finish(totals + i * stride, dim, to);
+    }
+  }
+
+  // All chunks of one row's queries of one token.
+  void combine(int token) const {
+    int index = plan.token_row[token];
+    if (plan.partial_at[index] < 0) return;
+    const int dim = plan.shape.head_dim, group = plan.group();
+    const Row& r = plan.rows[index];
+    alignas(64) float total[MAX_HEAD_DIM + 2];
+    for (int h = 0; h < plan.shape.num_q_heads; h++) {
+      clear(total, dim);
+      int query = (token - r.token_start) * group + h % group;
+      for (int c = plan.first_chunk(r), end = c + chunks_of(r); c < end; c++)
+        fold(total, partial(index, h / group, c, query), dim);
+      finish(total, dim, out + (int64_t(token) * plan.shape.num_q_heads + h) * dim);
+    }
+  }
+};
+
+}  // namespace ds

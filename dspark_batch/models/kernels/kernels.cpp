@@ -1,0 +1,124 @@
+// C interface of the kernels. Every function is typed by a flag: is_bf16 chooses bfloat16 storage, else float32.
+#include "gemm.hpp"
+#include "parallel.hpp"
+#include "plan.hpp"
+#include "rows.hpp"
+
+using namespace ds;
+
+namespace {
+
+constexpr int64_t SMALL = 1 << 14;  // elements below which waking a second thread costs more than it saves
+
+template <class T>
+T* as(void* p) {
+  return static_cast<T*>(p);
+}
+template <class T>
+const T* as(const void* p) {
+  return static_cast<const T*>(p);
+}
+
+#define DS_DISPATCH(is_bf16, ...) \
+  if (is_bf16) {                  \
+    using T = bf16;               \
+    __VA_ARGS__;                  \
+  } else {                        \
+    using T = float;              \
+    __VA_ARGS__;                  \
+  }
+
+template <class T>
+void attend(const Plan& plan, T* qkv, const Rope& rope, const T* q_norm, const T* k_norm, T* k, T* v, T* out) {
+  const Shape& s = plan.shape;
+  const int tokens = plan.num_tokens, items = int(plan.items.size());
+  Attend<T> a{plan, qkv, k, v, out, scratch<1>(size_t(plan.num_partials) * plan.partial_stride())};
+  Counter rotated, done, combined;
+  const bool threads = plan.work * s.head_dim > 8 * SMALL;
+#pragma omp parallel if (threads)
+  {
+    share(rotated, tokens, [&](int t) { rotate_and_store(plan, t, qkv, rope, q_norm, k_norm, k, v); });
+#pragma omp barrier
+    share(done, items, [&](int i) { a.run(plan.items[i]); });
+    if (plan.num_partials) {
+#pragma omp barrier
+      share(combined, tokens, [&](int t) { a.combine(t); });
+    }
+  }
+}
+
+template <class T>
+void linear(const Linear<T>& w, const T* x, int64_t m, void* y, int64_t ldy, Epilogue how) {
+  const int tiles = int((w.n + TILE_N - 1) / TILE_N);
+  parallel(tiles, m * w.n * w.k > 8 * SMALL, [&](int t) { tile_product(w, x, w.k, 0, m, t, y, ldy, how); });
+}
+
+}  // namespace
+
+extern "C" {
+
+int ds_abi() { return 1; }
+
+int ds_has_bf16_dot() {
+#ifdef DSPARK_DPBF16
+  return 1;
+#else
+  return 0;
+#endif
+}
+
+int ds_num_threads() { return omp_get_max_threads(); }
+
+void* ds_plan_new(const Shape* shape, const Row* rows, int num_rows) {
+  Plan* p = new (std::nothrow) Plan;
+  if (!p) return nullptr;
+  p->shape = *shape;
+  p->rows.assign(rows, rows + num_rows);
+  make_plan(*p);
+  return p;
+}
+
+void ds_plan_free(void* plan) { delete static_cast<Plan*>(plan); }
+
+void ds_attend(int is_bf16, const void* plan, void* qkv, const float* cos, const float* sin, const void* q_norm,
+               const void* k_norm, void* k, void* v, void* out) {
+  DS_DISPATCH(is_bf16, attend<T>(*static_cast<const Plan*>(plan), as<T>(qkv), {cos, sin}, as<T>(q_norm), as<T>(k_norm),
+                                 as<T>(k), as<T>(v), as<T>(out)));
+}
+
+void ds_rms_norm(int is_bf16, const void* x, const void* w, void* out, int64_t rows, int64_t n, float eps) {
+  DS_DISPATCH(is_bf16, parallel(int(rows), rows * n > SMALL, [=](int r) {
+                rms_norm_row(as<T>(x) + r * n, as<T>(w), as<T>(out) + r * n, int(n), eps);
+              }));
+}
+
+void ds_add_rms_norm(int is_bf16, void* residual, const void* x, const void* w, void* out, int64_t rows, int64_t n,
+                     float eps) {
+  DS_DISPATCH(is_bf16, parallel(int(rows), rows * n > SMALL, [=](int r) {
+                add_rms_norm_row(as<T>(residual) + r * n, as<T>(x) + r * n, as<T>(w), as<T>(out) + r * n, int(n), eps);
+              }));
+}
+
+void ds_silu_mul(int is_bf16, const void* gate_up, void* out, int64_t rows, int64_t n) {
+  DS_DISPATCH(is_bf16, parallel(int(rows), rows * n > SMALL, [=](int r) {
+                silu_mul_row(as<T>(gate_up) + r * 2 * n, as<T>(out) + r * n, int(n));
+              }));
+}
+
+void ds_argmax(int is_bf16, const void* x, int64_t rows, int64_t n, int64_t* index, float* margin) {
+  DS_DISPATCH(is_bf16, parallel(int(rows), rows * n > 2 * SMALL,
+                                [=](int r) { argmax_row(as<T>(x) + r * n, n, index + r, margin + r); }));
+}
+
+// out holds ceil(n / 32) * 32 * k elements of the storage type.
+void ds_pack(int is_bf16, const void* weight, const int64_t* order, int64_t n, int64_t k, float* out) {
+  DS_DISPATCH(is_bf16, parallel(int((n + TILE_N - 1) / TILE_N), true,
+                                [=](int t) { pack_tile(as<T>(weight), order, t, n, k, out); }));
+}
+
+void ds_linear(int is_bf16, const float* packed, const void* bias, int64_t n, int64_t k, const void* x, int64_t m,
+               void* y, int64_t ldy, int32_t epilogue) {
+  DS_DISPATCH(is_bf16, linear<T>({packed, as<T>(bias), n, k}, as<T>(x), m, y, ldy, Epilogue(epilogue)));
+}
+
+}  // extern "C"

@@ -1,0 +1,211 @@
+"""The compiled kernels as Python calls on torch tensors. Every call checks nothing: callers own shapes and dtypes."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dspark_batch.models.kernels.build import SWITCH_VARIABLE, BuildError, build, open_library
+
+logger = logging.getLogger(__name__)
+
+ABI = 1
+DTYPES = (torch.bfloat16, torch.float32)
+_LANES = 16
+MAX_HEAD_DIM = 256
+
+_P, _I, _L, _F = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
+_SIGNATURES: dict[str, tuple[type | None, tuple[type, ...]]] = {
+    "ds_abi": (_I, ()),
+    "ds_has_bf16_dot": (_I, ()),
+    "ds_num_threads": (_I, ()),
+    "ds_plan_new": (_P, (_P, _P, _I)),
+    "ds_plan_free": (None, (_P,)),
+    "ds_attend": (None, (_I, _P, _P, _P, _P, _P, _P, _P, _P, _P)),
+    "ds_rms_norm": (None, (_I, _P, _P, _P, _L, _L, _F)),
+    "ds_add_rms_norm": (None, (_I, _P, _P, _P, _P, _L, _L, _F)),
+    "ds_silu_mul": (None, (_I, _P, _P, _L, _L)),
+    "ds_argmax": (None, (_I, _P, _L, _L, _P, _P)),
+    "ds_pack": (None, (_I, _P, _P, _L, _L, _P)),
+    "ds_linear": (None, (_I, _P, _P, _L, _L, _P, _L, _P, _L, _I)),
+}
+
+
+class _Shape(ctypes.Structure):
+    _fields_ = (
+        ("num_q_heads", ctypes.c_int32),
+        ("num_kv_heads", ctypes.c_int32),
+        ("head_dim", ctypes.c_int32),
+        ("window", ctypes.c_int32),
+        ("cache_tokens", ctypes.c_int64),
+        ("scale", ctypes.c_float),
+        ("norm_eps", ctypes.c_float),
+    )
+
+
+class Kernels:
+    """One loaded library. Tensors must be contiguous, on the CPU and of one dtype of ``DTYPES`` (see ``supports``)."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.lib = open_library(path)
+        for name, (result, arguments) in _SIGNATURES.items():
+            function = getattr(self.lib, name, None)
+            if function is None:
+                raise BuildError(f"{path} lacks {name}; delete it to compile it again")
+            function.restype, function.argtypes = result, arguments
+        if self.lib.ds_abi() != ABI:
+            raise BuildError(f"{path} speaks ABI {self.lib.ds_abi()}, wanted {ABI}; delete it to compile it again")
+
+    @property
+    def has_bf16_dot(self) -> bool:
+        """Whether bfloat16 products run on the CPU's own dot instruction."""
+        return bool(self.lib.ds_has_bf16_dot())
+
+    @property
+    def num_threads(self) -> int:
+        """Threads of the OpenMP runtime, which is torch's."""
+        return int(self.lib.ds_num_threads())
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """[..., H], [H] -> [..., H]: normalise in float32, round to x's dtype, then scale."""
+        out, width = torch.empty_like(x), x.shape[-1]
+        self.lib.ds_rms_norm(_typed(x), x.data_ptr(), weight.data_ptr(), out.data_ptr(), x.numel() // width, width, eps)
+        return out
+
+    def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        """[T, H] -> (norm of residual + x, residual + x); ``residual`` is updated in place and returned."""
+        out, width = torch.empty_like(x), x.shape[-1]
+        self.lib.ds_add_rms_norm(
+            _typed(x),
+            residual.data_ptr(),
+            x.data_ptr(),
+            weight.data_ptr(),
+            out.data_ptr(),
+            x.numel() // width,
+            width,
+            eps,
+        )
+        return out, residual
+
+    def silu_mul(self, gate_up: Tensor) -> Tensor:
+        """[T, 2I] (gates, then values) -> [T, I]: silu(gate) * value, rounded where a model of this dtype rounds."""
+        rows, width = gate_up.shape
+        out = gate_up.new_empty((rows, width // 2))
+        self.lib.ds_silu_mul(_typed(gate_up), gate_up.data_ptr(), out.data_ptr(), rows, width // 2)
+        return out
+
+    def argmax(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """[N, V] -> (index [N] int64, margin [N] float32).
+
+        Index: the first largest entry of each row, -1 where a row holds a NaN. Margin: its distance to the second.
+        """
+        rows, width = logits.shape
+        index = torch.empty(rows, dtype=torch.int64)
+        margin = torch.empty(rows, dtype=torch.float32)
+        self.lib.ds_argmax(_typed(logits), logits.data_ptr(), rows, width, index.data_ptr(), margin.data_ptr())
+        return index, margin
+
+
+class AttentionPlan:
+    """The rows of one step, for every layer with the same window. Owns its memory; freed with the object.
+
+    rows: (num_tokens, kv_len, own_start, prefix_start, prefix_len) of each row in flat order: position p of a row is at
+    token ``prefix_start + p`` of the cache below ``prefix_len``, at ``own_start + p - prefix_len`` from there on.
+    ``window``: a token sees that many positions, its own included; None for all.
+    """
+
+    __slots__ = ("_free", "handle", "num_tokens")
+
+    def __init__(
+        self,
+        kernels: Kernels,
+        rows: Sequence[tuple[int, int, int, int, int]],
+        *,
+        num_q_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        cache_tokens: int,
+        scale: float,
+        window: int | None = None,
+        norm_eps: float = 1e-6,
+    ) -> None:
+        shape = _Shape(num_q_heads, num_kv_heads, head_dim, window or 0, cache_tokens, scale, norm_eps)
+        flat = [value for row in rows for value in (0, *row)]
+        array = (ctypes.c_int32 * len(flat))(*flat)
+        self._free = kernels.lib.ds_plan_free
+        self.handle: int | None = kernels.lib.ds_plan_new(ctypes.byref(shape), array, len(rows))
+        if self.handle is None:
+            raise MemoryError(f"no memory for the attention plan of {len(rows)} rows")
+        self.num_tokens = sum(row[0] for row in rows)
+
+    def __del__(self) -> None:
+        handle, self.handle = getattr(self, "handle", None), None
+        if handle is not None:
+            self._free(handle)
+
+
+def attend(
+    kernels: Kernels,
+    plan: AttentionPlan,
+    qkv: Tensor,
+    *,
+    cos: Tensor,
+    sin: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    q_norm: Tensor | None = None,
+    k_norm: Tensor | None = None,
+) -> None:
+    """Norm and rotate, write keys and values, attend.
+
+    qkv: [T, (Hq + 2 Hkv) * D], overwritten. cos, sin: [P, D/2] float32. k, v: one layer of the cache, [Hkv, N, D].
+    out: [T, Hq * D]. A token's output depends on the token and on its row's keys and values alone, bit for bit:
+    not on the other rows, on how the row's tokens are cut into slices, on sharing, nor on the number of threads.
+    """
+    kernels.lib.ds_attend(
+        _typed(qkv),
+        plan.handle,
+        qkv.data_ptr(),
+        cos.data_ptr(),
+        sin.data_ptr(),
+        None if q_norm is None else q_norm.data_ptr(),
+        None if k_norm is None else k_norm.data_ptr(),
+        k.data_ptr(),
+        v.data_ptr(),
+        out.data_ptr(),
+    )
+
+
+def supports(*, dtype: torch.dtype, device: torch.device, widths: Sequence[int], head_dim: int) -> bool:
+    """Whether the kernels can run a model: its dtype, its device and the widths of its rows."""
+    return (
+        dtype in DTYPES
+        and device.type == "cpu"
+        and head_dim <= MAX_HEAD_DIM
+        and all(width % _LANES == 0 for width in (*widths, head_dim))
+    )
+
+
+@cache
+def load_kernels() -> Kernels | None:
+    """The kernels of this process, compiled if need be; None where they are switched off or cannot be had."""
+    if os.environ.get(SWITCH_VARIABLE, "").lower() in ("off", "0", "no"):
+        return None
+    try:
+        return Kernels(build())
+    except BuildError as error:
+        logger.warning("native kernels are off, torch does their work (slower): %s", error)
+        return None
+
+
+def _typed(x: Tensor) -> int:
+    return int(x.dtype == torch.bfloat16)

@@ -1,0 +1,187 @@
+// 16 float lanes, storage types and the dot step that every kernel is built from.
+//
+// Only this file knows instruction sets. Vector extensions of GCC and Clang lower to whatever the machine has;
+// AVX-512 intrinsics replace the few steps that compilers do not find. DSPARK_GENERIC switches the intrinsics off.
+#pragma once
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX512F__) && defined(__AVX512BW__) && !defined(DSPARK_GENERIC)
+#define DSPARK_AVX512 1
+#include <immintrin.h>
+#if defined(__AVX512BF16__)
+#define DSPARK_DPBF16 1
+#endif
+#endif
+
+namespace ds {
+
+typedef float vf __attribute__((vector_size(64), aligned(64)));
+typedef int32_t vi __attribute__((vector_size(64), aligned(64)));
+typedef uint32_t vu __attribute__((vector_size(64), aligned(64)));
+
+constexpr int LANES = 16;
+
+struct bf16 {
+  uint16_t bits;
+};
+
+inline float widen(bf16 x) {
+  uint32_t u = uint32_t(x.bits) << 16;
+  float f;
+  std::memcpy(&f, &u, 4);
+  return f;
+}
+inline float widen(float x) { return x; }
+
+template <class T>
+inline T narrow(float x);
+template <>
+inline float narrow<float>(float x) {
+  return x;
+}
+template <>
+inline bf16 narrow<bf16>(float x) {
+  uint32_t u;
+  std::memcpy(&u, &x, 4);
+  if ((u & 0x7fffffffu) > 0x7f800000u) return bf16{uint16_t((u >> 16) | 0x40)};
+  return bf16{uint16_t((u + 0x7fffu + ((u >> 16) & 1)) >> 16)};
+}
+
+inline vf splat(float x) { return vf{} + x; }
+
+inline vf load(const float* p) {
+  vf v;
+  std::memcpy(&v, p, 64);
+  return v;
+}
+inline void store(float* p, vf v) { std::memcpy(p, &v, 64); }
+
+#ifdef DSPARK_AVX512
+inline vf fma(vf a, vf b, vf c) { return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
+inline vf vmax(vf a, vf b) { return (vf)_mm512_max_ps((__m512)a, (__m512)b); }
+inline vf load(const bf16* p) {
+  __m512i u = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p));
+  return (vf)_mm512_castsi512_ps(_mm512_slli_epi32(u, 16));
+}
+inline float hmax(vf v) { return _mm512_reduce_max_ps((__m512)v); }
+inline float hsum(vf v) { return _mm512_reduce_add_ps((__m512)v); }
+#else
+inline vf fma(vf a, vf b, vf c) { return a * b + c; }
+inline vf vmax(vf a, vf b) { return a > b ? a : b; }
+inline vf load(const bf16* p) {
+  vf v;
+  for (int i = 0; i < LANES; i++) v[i] = widen(p[i]);
+  return v;
+}
+inline float hmax(vf v) {
+  float m = v[0];
+  for (int i = 1; i < LANES; i++) m = v[i] > m ? v[i] : m;
+  return m;
+}
+inline float hsum(vf v) {
+  float s[LANES];
+  store(s, v);
+  for (int w = LANES / 2; w; w /= 2)
+    for (int i = 0; i < w; i++) s[i] += s[i + w];
+  return s[0];
+}
+#endif
+
+inline void store(bf16* p, vf v) {
+#ifdef DSPARK_DPBF16
+  __m256bh h = _mm512_cvtneps_pbh((__m512)v);
+  std::memcpy(p, &h, 32);
+#else
+  for (int i = 0; i < LANES; i++) p[i] = narrow<bf16>(v[i]);
+#endif
+}
+
+// What `store` would keep of v, back in float: the rounding points of a bf16 model.
+template <class T>
+inline vf rounded(vf v);
+template <>
+inline vf rounded<float>(vf v) {
+  return v;
+}
+template <>
+inline vf rounded<bf16>(vf v) {
+  alignas(64) bf16 t[LANES];
+  store(t, v);
+  return load(t);
+}
+
+// A "cell" is 32 bits along the contraction: one float, or two bf16. cells<T>(k) of them hold k elements.
+template <class T>
+constexpr int per_cell = 4 / int(sizeof(T));
+
+template <class T>
+inline float splat_cell(const T* p) {  // the 32 bits, unchanged
+  float f;
+  std::memcpy(&f, p, 4);
+  return f;
+}
+
+// acc += w . x over one cell, for 16 lanes of w and one (broadcast) cell x.
+template <class T>
+inline vf dot_cell(vf acc, vf w, vf x);
+template <>
+inline vf dot_cell<float>(vf acc, vf w, vf x) {
+  return fma(w, x, acc);
+}
+template <>
+inline vf dot_cell<bf16>(vf acc, vf w, vf x) {
+#ifdef DSPARK_DPBF16
+  return (vf)_mm512_dpbf16_ps((__m512)acc, (__m512bh)(__m512i)w, (__m512bh)(__m512i)x);
+#else
+  vu wu = (vu)w, xu = (vu)x;
+  acc = fma((vf)(wu << 16), (vf)(xu << 16), acc);
+  return fma((vf)(wu & 0xffff0000u), (vf)(xu & 0xffff0000u), acc);
+#endif
+}
+
+template <class T>
+inline vf broadcast_cell(const T* p) {
+#ifdef DSPARK_AVX512
+  int32_t i;
+  std::memcpy(&i, p, 4);
+  return (vf)_mm512_castsi512_ps(_mm512_set1_epi32(i));
+#else
+  uint32_t i;
+  std::memcpy(&i, p, 4);
+  return (vf)(vu{} + i);
+#endif
+}
+
+// exp for x <= 0 (also -inf); relative error below 2e-7; exp(0) == 1 exactly; below -87 it is 0.
+inline vf exp_neg(vf x) {
+  vf c = vmax(x, splat(-87.0f));
+#ifdef DSPARK_AVX512
+  vf n = (vf)_mm512_roundscale_ps((__m512)(c * 1.44269504088896341f), 8);
+  vi k = (vi)_mm512_cvtps_epi32((__m512)n);
+#else
+  vf shifted = c * 1.44269504088896341f - 0.5f;
+  vi k = __builtin_convertvector(shifted, vi);
+  vf n = __builtin_convertvector(k, vf);
+#endif
+  vf r = fma(n, splat(-0.693359375f), c);
+  r = fma(n, splat(2.12194440e-4f), r);
+  vf p = splat(1.9875691500e-4f);
+  p = fma(p, r, splat(1.3981999507e-3f));
+  p = fma(p, r, splat(8.3334519073e-3f));
+  p = fma(p, r, splat(4.1665795894e-2f));
+  p = fma(p, r, splat(1.6666665459e-1f));
+  p = fma(p, r, splat(5.0000001201e-1f));
+  vf e = fma(p * r, r, r) + 1.0f;
+  vf scaled = (vf)((vi)e + (k << 23));
+  return (vf)((vi)scaled & (vi)(x >= splat(-87.0f)));
+}
+
+// x * sigmoid(x)
+inline vf silu(vf x) {
+  vf z = exp_neg((vf)((vi)x | INT32_MIN));
+  vf sigmoid = (x < vf{} ? z : splat(1.0f)) / (1.0f + z);
+  return x * sigmoid;
+}
+
+}  // namespace ds

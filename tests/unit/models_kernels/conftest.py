@@ -1,0 +1,28 @@
+"""Both builds of the kernels: for this CPU, and the generic one that any CPU runs."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from dspark_batch.models.kernels.build import build
+from dspark_batch.models.kernels.library import Kernels
+
+GENERIC_FLAGS = ("-DDSPARK_GENERIC", "-mno-avx512f")
+
+
+@pytest.fixture(scope="session", params=["native", "generic"])
+def kernels(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Kernels:
+    if shutil.which("g++") is None and shutil.which("c++") is None:
+        pytest.skip("no C++ compiler")
+    folder: Path = tmp_path_factory.getbasetemp().parent / "kernel-cache"
+    return Kernels(build(extra_flags=GENERIC_FLAGS if request.param == "generic" else (), directory=folder))
+
+
+@pytest.fixture(params=[torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    found: torch.dtype = request.param
+    return found
