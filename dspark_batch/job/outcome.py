@@ -5,6 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 from enum import IntEnum
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from dspark_batch.batch.results import ShardStats
 
 
 class ExitCode(IntEnum):
@@ -22,6 +26,14 @@ class ExitCode(IntEnum):
     """More rows failed than ``limits.max_failed_fraction`` allows."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """What a command has to say when it ends: the exit code, and a text for the standard output."""
+
+    code: ExitCode
+    text: str
+
+
 @dataclass(slots=True)
 class Totals:
     """Sums over committed shards. Tokens and rounds count good and failed rows alike."""
@@ -29,12 +41,26 @@ class Totals:
     num_shards: int = 0
     num_rows: int = 0
     num_failed_rows: int = 0
+    num_retryable_rows: int = 0
     num_prompt_tokens: int = 0
     num_generated_tokens: int = 0
     num_rounds: int = 0
     num_drafted_tokens: int = 0
     num_accepted_tokens: int = 0
     failures: Counter[str] = field(default_factory=Counter)
+
+    def add(self, stats: ShardStats) -> None:
+        """Count one more committed shard."""
+        self.num_shards += 1
+        self.num_rows += stats.num_rows
+        self.num_failed_rows += stats.num_failed_rows
+        self.num_retryable_rows += stats.num_retryable_rows
+        self.num_prompt_tokens += stats.num_prompt_tokens
+        self.num_generated_tokens += stats.num_generated_tokens
+        self.num_rounds += stats.num_rounds
+        self.num_drafted_tokens += stats.num_drafted_tokens
+        self.num_accepted_tokens += stats.num_accepted_tokens
+        self.failures.update(stats.num_failed_by_code)
 
     @property
     def failed_fraction(self) -> float:

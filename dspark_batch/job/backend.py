@@ -1,0 +1,29 @@
+"""What the runner needs of a backend: shards in, manifest entries out, and a way to stop."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from dspark_batch.batch.commit import ManifestEntry
+    from dspark_batch.batch.shards import Shard
+
+TICK_S = 0.2
+"""Longest time that a backend keeps the runner waiting without handing over control."""
+
+
+class Backend(Protocol):
+    """Runs shards to their commit; table data never passes through it."""
+
+    def run(self, shards: Sequence[Shard]) -> Iterator[ManifestEntry | None]:
+        """The entry of every shard once it is committed, in any order; None whenever ``TICK_S`` passed without one.
+
+        Ends when all shards are committed, or, after ``stop``, when those that were running are. Raises the
+        DSparkBatchError that ended the run.
+        """
+        ...
+
+    def stop(self) -> None:
+        """Begin no further shard. Those that run go on to their commit."""
+        ...

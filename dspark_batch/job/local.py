@@ -1,0 +1,66 @@
+"""The backend without a framework: one engine and a few shards in flight, in this process."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from dspark_batch.job.backend import TICK_S
+
+if TYPE_CHECKING:
+    from dspark_batch.batch.commit import ManifestEntry
+    from dspark_batch.batch.shards import Shard
+
+
+class LocalBackend:
+    """Runs ``run_shard`` (read, generate, commit; thread-safe) on ``shards_in_flight`` threads.
+
+    The threads are daemons: a process that is told to end at once does not wait for them, and what they had not
+    committed is done again by the next run.
+    """
+
+    def __init__(self, run_shard: Callable[[Shard], ManifestEntry], *, shards_in_flight: int) -> None:
+        self._run_shard = run_shard
+        self._num_threads = shards_in_flight
+        self._waiting: deque[Shard] = deque()
+        self._done: queue.SimpleQueue[ManifestEntry | BaseException | None] = queue.SimpleQueue()
+
+    def run(self, shards: Sequence[Shard]) -> Iterator[ManifestEntry | None]:
+        """See ``Backend.run``."""
+        self._waiting.extend(shards)
+        num_running = min(self._num_threads, len(shards))
+        for number in range(num_running):
+            threading.Thread(target=self._work, name=f"dspark-batch-shard-{number}", daemon=True).start()
+        while num_running:
+            try:
+                outcome = self._done.get(timeout=TICK_S)
+            except queue.Empty:
+                yield None
+                continue
+            if isinstance(outcome, BaseException):
+                self.stop()
+                raise outcome
+            if outcome is None:
+                num_running -= 1
+            else:
+                yield outcome
+
+    def stop(self) -> None:
+        """See ``Backend.stop``."""
+        self._waiting.clear()
+
+    def _work(self) -> None:
+        try:
+            while True:
+                try:
+                    shard = self._waiting.popleft()
+                except IndexError:
+                    break
+                self._done.put(self._run_shard(shard))
+        except BaseException as error:
+            self._done.put(error)
+        else:
+            self._done.put(None)

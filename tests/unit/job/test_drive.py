@@ -1,0 +1,187 @@
+"""Driving a backend: totals, early stops, grace time. The backend is a script, the clock a counter."""
+
+from __future__ import annotations
+
+import io
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from dspark_batch.batch.results import ShardStats
+from dspark_batch.errors import EngineError
+from dspark_batch.job.drive import Bounds, Ending, drive
+from dspark_batch.job.local import LocalBackend
+from dspark_batch.job.outcome import Totals
+from dspark_batch.job.progress import LineReport, Work
+from dspark_batch.job.signals import StopRequest
+
+NO_BOUNDS = Bounds(max_failed_rows=1e9, max_generated_tokens=None)
+
+
+def stats(*, num_rows: int = 10, num_failed: int = 0, num_tokens: int = 100) -> ShardStats:
+    return ShardStats(
+        num_rows=num_rows,
+        num_output_rows=num_rows,
+        num_failed_rows=num_failed,
+        num_retryable_rows=0,
+        num_copied_rows=0,
+        num_prompt_tokens=5,
+        num_generated_tokens=num_tokens,
+        num_rounds=50,
+        num_drafted_tokens=0,
+        num_accepted_tokens=0,
+        num_failed_by_code={"null_prompt": num_failed} if num_failed else {},
+    )
+
+
+class ScriptedBackend:
+    """Commits one shard per step until stopped; then the ``num_running`` shards that were running."""
+
+    def __init__(self, *, entry: ShardStats, num_running: int = 1, on_step: Callable[[int], None] | None = None) -> None:
+        self._entry = SimpleNamespace(stats=entry)
+        self._num_running = num_running
+        self._on_step = on_step or (lambda step: None)
+        self.is_stopped = False
+
+    def run(self, shards: Sequence[Any]) -> Iterator[Any]:
+        left = len(shards)
+        step = 0
+        while left:
+            self._on_step(step)
+            step += 1
+            yield None
+            yield self._entry
+            left -= 1
+            if self.is_stopped:
+                left = min(left, self._num_running)
+                self._num_running -= 1
+
+    def stop(self) -> None:
+        self.is_stopped = True
+
+
+def run(backend: Any, num_shards: int, **options: Any) -> tuple[Ending, Totals, str]:
+    stream = io.StringIO()
+    done = options.pop("done", Totals())
+    options.setdefault("whole", Totals())
+    options.setdefault("bounds", NO_BOUNDS)
+    options.setdefault("stop", StopRequest())
+    with LineReport(Work(num_rows=10 * num_shards, num_shards=num_shards), stream=stream) as report:
+        ending = drive(backend, range(num_shards), done=done, report=report, **options)  # type: ignore[arg-type]
+    return ending, done, stream.getvalue()
+
+
+def stop_asked() -> StopRequest:
+    stop = StopRequest()
+    stop._receive(15, None)
+    return stop
+
+
+def test_all_shards_are_counted() -> None:
+    ending, done, _ = run(ScriptedBackend(entry=stats(num_failed=1)), 7)
+    assert ending is Ending.DONE
+    assert (done.num_shards, done.num_rows, done.num_failed_rows) == (7, 70, 7)
+    assert done.failures == {"null_prompt": 7}
+    assert done.accepted_length == 2.0
+
+
+def test_a_signal_lets_running_shards_commit_and_begins_no_other() -> None:
+    backend = ScriptedBackend(entry=stats(), num_running=2)
+    ending, done, text = run(backend, 50, stop=stop_asked())
+    assert ending is Ending.SIGNAL
+    assert done.num_shards == 3
+    assert "SIGTERM: beginning no more shards" in text
+
+
+def test_a_signal_during_the_last_shards_still_ends_as_done() -> None:
+    assert run(ScriptedBackend(entry=stats(), num_running=5), 3, stop=stop_asked())[0] is Ending.DONE
+
+
+def test_shards_that_outlast_the_grace_time_are_given_up() -> None:
+    now_s = 0.0
+
+    def pass_time(step: int) -> None:
+        nonlocal now_s
+        now_s += 30.0
+
+    backend = ScriptedBackend(entry=stats(), num_running=50, on_step=pass_time)
+    ending, done, _ = run(backend, 50, stop=stop_asked(), grace_s=60.0, clock=lambda: now_s)
+    assert ending is Ending.GRACE_OVER
+    assert done.num_shards == 3
+
+
+def test_the_token_budget_counts_earlier_processes_and_stops() -> None:
+    bounds = Bounds(max_failed_rows=1e9, max_generated_tokens=500)
+    ending, done, _ = run(
+        ScriptedBackend(entry=stats(num_tokens=100), num_running=0),
+        50,
+        whole=Totals(num_generated_tokens=250),
+        bounds=bounds,
+    )
+    assert ending is Ending.TOKEN_BUDGET
+    assert done.num_shards == 3
+
+
+def test_too_many_failed_rows_stop_the_run_early() -> None:
+    bounds = Bounds(max_failed_rows=4, max_generated_tokens=None)
+    ending, done, _ = run(ScriptedBackend(entry=stats(num_failed=3), num_running=0), 50, bounds=bounds)
+    assert ending is Ending.TOO_MANY_FAILED
+    assert done.num_failed_rows == 6
+
+
+def test_a_second_signal_ends_at_once() -> None:
+    with pytest.raises(KeyboardInterrupt):
+        stop_asked()._receive(2, None)
+
+
+def test_handlers_are_put_back() -> None:
+    import signal
+
+    before = signal.getsignal(signal.SIGTERM)
+    with StopRequest() as stop:
+        signal.raise_signal(signal.SIGTERM)
+        assert stop.signal_name == "SIGTERM"
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_the_local_backend_runs_every_shard_once_with_bounded_overlap() -> None:
+    running = set()
+    most = 0
+    lock = threading.Lock()
+
+    def run_shard(shard: Any) -> Any:
+        nonlocal most
+        with lock:
+            running.add(shard)
+            most = max(most, len(running))
+        threading.Event().wait(0.001)
+        with lock:
+            running.remove(shard)
+        return shard
+
+    backend = LocalBackend(run_shard, shards_in_flight=3)
+    assert sorted(x for x in backend.run(range(23)) if x is not None) == list(range(23))  # type: ignore[arg-type]
+    assert most <= 3
+
+
+def test_the_local_backend_stops_between_shards() -> None:
+    backend = LocalBackend(lambda shard: shard, shards_in_flight=1)  # type: ignore[arg-type, return-value]
+    entries = backend.run(range(1, 10_000))  # type: ignore[arg-type]
+    first = next(entry for entry in entries if entry is not None)
+    backend.stop()
+    rest = [entry for entry in entries if entry is not None]
+    assert first == 1
+    assert len(rest) < 9_998 or rest[-1] == 9_999
+
+
+def test_the_local_backend_raises_what_a_shard_raised() -> None:
+    def run_shard(shard: Any) -> Any:
+        if shard == 3:
+            raise EngineError("broken")
+        return shard
+
+    with pytest.raises(EngineError, match="broken"):
+        list(LocalBackend(run_shard, shards_in_flight=2).run(range(1, 9)))  # type: ignore[arg-type]
