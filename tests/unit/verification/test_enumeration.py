@@ -75,8 +75,8 @@ def test_a_verify_length_that_looks_at_the_trimmed_token_biases_the_law(mode: st
 def test_block_accepts_a_ninth_more_than_token_on_the_papers_two_token_example() -> None:
     # Uniform-free closed form: p = (1/3, 2/3), q = (2/3, 1/3) at every position, two drafts.
     p, q = np.array([1 / 3, 2 / 3]), np.array([2 / 3, 1 / 3])
-    target: Table = {x: p for x in [(), (0,), (1,), (0, 0), (0, 1), (1, 0), (1, 1)]}
-    draft: Table = {x: q for x in [(), (0,), (1,)]}
+    target: Table = dict.fromkeys([(), (0,), (1,), (0, 0), (0, 1), (1, 0), (1, 1)], p)
+    draft: Table = dict.fromkeys([(), (0,), (1,)], q)
     assert mean_accepted(target, draft, "token") == pytest.approx(10 / 9)
     assert mean_accepted(target, draft, "block") == pytest.approx(11 / 9)
 
