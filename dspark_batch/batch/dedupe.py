@@ -1,0 +1,84 @@
+"""Equal prompts at temperature 0 are computed once and written to every row that asked for them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+from dspark_batch.core import Request, Result
+
+PromptKey = tuple[object, ...]
+
+
+@dataclass(slots=True)
+class _Computation:
+    owner: str
+    waiting: list[tuple[str, int, str]] = field(default_factory=list)
+    results: tuple[Result, ...] | None = None
+
+
+class Deduper:
+    """Remembers which prompts are being computed or were computed by a shard that is still open.
+
+    A *place* is (shard key, row). ``owner`` is the shard whose row is computed; when that shard closes, its
+    computations are forgotten, so memory is bounded by the open shards. Greedy requests only: at higher temperatures
+    the row's id is part of what decides its tokens. Copied rows carry the counts of the computed row, also
+    ``num_rounds``, ``num_drafted_tokens`` and ``num_accepted_tokens``, although no work was done for them.
+    """
+
+    def __init__(self) -> None:
+        self._computations: dict[PromptKey, _Computation] = {}
+        self._keys_by_owner: dict[str, list[PromptKey]] = {}
+        self.num_copied_rows = 0
+
+    @staticmethod
+    def key(request: Request) -> PromptKey | None:
+        """What two requests must share to share a result; None where results must not be shared."""
+        if not request.sampling.is_greedy:
+            return None
+        return (request.prompt, request.messages, request.prompt_token_ids, request.sampling)
+
+    def claim(self, request: Request, *, shard: str, row: int) -> tuple[Result, ...] | bool:
+        """Ask for a request's results.
+
+        True: nobody has them, compute them and call ``finish``. False: they are being computed; ``finish`` will name
+        this place. Else the results, under this request's id.
+        """
+        key = self.key(request)
+        if key is None:
+            return True
+        known = self._computations.get(key)
+        if known is None:
+            self._computations[key] = _Computation(owner=shard)
+            self._keys_by_owner.setdefault(shard, []).append(key)
+            return True
+        self.num_copied_rows += 1
+        if known.results is None:
+            known.waiting.append((shard, row, request.id))
+            return False
+        return _renamed(known.results, request.id)
+
+    def finish(self, request: Request, results: tuple[Result, ...]) -> list[tuple[str, int, tuple[Result, ...]]]:
+        """Give in the results of a claimed request; (shard, row, results) of every place that waited for them."""
+        key = self.key(request)
+        known = None if key is None else self._computations.get(key)
+        if known is None:
+            return []
+        known.results = results
+        waiting, known.waiting = known.waiting, []
+        return [(shard, row, _renamed(results, row_id)) for shard, row, row_id in waiting]
+
+    def forget(self, shard: str) -> None:
+        """Drop what a closed shard computed."""
+        for key in self._keys_by_owner.pop(shard, ()):
+            computation = self._computations.pop(key)
+            assert not computation.waiting, f"shard {shard} closed while rows wait for its results"
+
+    def check_integrity(self) -> None:
+        """Every computation belongs to exactly one open owner."""
+        owned = [key for keys in self._keys_by_owner.values() for key in keys]
+        assert len(owned) == len(set(owned)) == len(self._computations)
+        assert all(key in self._keys_by_owner[c.owner] for key, c in self._computations.items())
+
+
+def _renamed(results: tuple[Result, ...], row_id: str) -> tuple[Result, ...]:
+    return tuple(replace(result, id=row_id) for result in results)

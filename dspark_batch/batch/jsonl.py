@@ -1,0 +1,97 @@
+"""JSON lines: cutting a file at line ends, and parsing a byte range with a schema that is fixed for the whole input."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import IO, Any
+
+import pyarrow as pa
+import pyarrow.json as pj
+
+from dspark_batch.errors import InputError
+
+CHUNK_BYTES = 8 * 2**20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LineRange:
+    """Consecutive non-blank lines: index of the first in its file, how many, and the bytes that hold them."""
+
+    row_start: int
+    num_rows: int
+    byte_start: int
+    byte_stop: int
+    data: bytes
+
+
+def cut_lines(stream: IO[bytes] | pa.NativeFile, *, max_rows: int) -> Iterator[LineRange]:
+    """Cut a stream into ranges of at most ``max_rows`` non-blank lines. Holds one range and one chunk in memory."""
+    row_start, byte_start = 0, 0
+    lines: list[bytes] = []
+    num_rows = 0
+    for line in _lines(stream):
+        lines.append(line)
+        num_rows += bool(line.strip())
+        if num_rows == max_rows:
+            data = b"".join(lines)
+            yield LineRange(
+                row_start=row_start,
+                num_rows=num_rows,
+                byte_start=byte_start,
+                byte_stop=byte_start + len(data),
+                data=data,
+            )
+            row_start, byte_start, lines, num_rows = row_start + num_rows, byte_start + len(data), [], 0
+    if num_rows:
+        data = b"".join(lines)
+        yield LineRange(
+            row_start=row_start, num_rows=num_rows, byte_start=byte_start, byte_stop=byte_start + len(data), data=data
+        )
+
+
+def parse_lines(data: bytes, *, schema: pa.Schema | None, file: str, row_start: int) -> pa.Table:
+    """Parse lines of JSON objects, one row each, into the schema's columns, or the columns found where it is None.
+
+    Text stays text, also where it looks like a timestamp. Raises InputError naming the file and the row.
+    """
+    read = pj.ReadOptions(use_threads=False, block_size=max(len(data) + 1, 2**16))
+    parse = pj.ParseOptions(explicit_schema=schema, unexpected_field_behavior="infer" if schema is None else "ignore")
+    try:
+        return pj.read_json(io.BytesIO(data), read_options=read, parse_options=parse)
+    except pa.ArrowException as error:
+        row = re.search(r"in row (\d+)", str(error))
+        where = f"row {row_start + int(row[1])}" if row else f"after row {row_start}"
+        raise InputError(f"{file}, {where} (counted from 0, blank lines skipped): {error}") from error
+
+
+def inferred_schema(table: pa.Table, *, file: str) -> pa.Schema:
+    """The schema to read with, from rows parsed without one. Raises InputError where Parquet cannot hold a column."""
+    return pa.schema(
+        [pa.field(field.name, _stored_type(field.type, at=field.name, file=file)) for field in table.schema]
+    )
+
+
+def _lines(stream: IO[bytes] | pa.NativeFile) -> Iterator[bytes]:
+    rest = b""
+    while chunk := stream.read(CHUNK_BYTES):
+        pieces = (rest + chunk).split(b"\n")
+        rest = pieces.pop()
+        for piece in pieces:
+            yield piece + b"\n"
+    if rest:
+        yield rest
+
+
+def _stored_type(kind: Any, *, at: str, file: str) -> pa.DataType:
+    if pa.types.is_timestamp(kind):
+        return pa.string()
+    if pa.types.is_list(kind):
+        return pa.list_(_stored_type(kind.value_type, at=f"{at}[]", file=file))
+    if pa.types.is_struct(kind):
+        if kind.num_fields == 0:
+            raise InputError(f"{file}: {at} holds only empty objects, which a table cannot hold; remove it")
+        return pa.struct([(field.name, _stored_type(field.type, at=f"{at}.{field.name}", file=file)) for field in kind])
+    return kind  # type: ignore[no-any-return]

@@ -1,0 +1,39 @@
+"""The record that commits a shard. Files without one do not count."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from dspark_batch.batch.results import ShardStats
+from dspark_batch.errors import OutputError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ManifestEntry:
+    """One committed shard: its file with size and SHA-256, its totals, and where it came from."""
+
+    shard: str
+    fingerprint: str
+    run_id: str
+    file: str
+    size_bytes: int
+    sha256: str
+    stats: ShardStats
+    versions: dict[str, str]
+    finished_at: str
+    """UTC, ISO 8601."""
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=1, sort_keys=True) + "\n"
+
+    @classmethod
+    def from_json(cls, text: bytes | str, *, source: str) -> ManifestEntry:
+        """Raises OutputError where the text is not a manifest entry of this version."""
+        try:
+            values: dict[str, Any] = json.loads(text)
+            stats = ShardStats(**values.pop("stats"))
+            return cls(stats=stats, **values)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise OutputError(f"{source} is not a manifest entry of this version: {error}; delete it") from error

@@ -1,0 +1,195 @@
+"""Rows to requests: sandboxed Jinja2 templates, checked against the input schema before the first row."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jinja2
+import pyarrow as pa
+from jinja2 import meta
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from dspark_batch.batch.schema import missing_columns
+from dspark_batch.core import ErrorCode, Message, Request, RowError, SamplingParams
+from dspark_batch.errors import ConfigError, Problem
+from dspark_batch.job.config import PromptSection
+
+SYSTEM_SEPARATOR = "\n\n"
+"""Stands between system text and prompt where the checkpoint has no chat template."""
+
+MAX_TOKEN_ID = 2**31 - 1
+
+_Outcome = Request | RowError
+
+
+@dataclass(frozen=True, slots=True)
+class UnreadableValue:
+    """Stands in a row for a column value that cannot be turned into a Python object."""
+
+    error: RowError
+
+
+class PromptRenderer:
+    """Makes the request of every row: chat messages, raw text or ready-made token ids.
+
+    With ``chat`` auto or always and a checkpoint that has a chat template, the system text and the rendered template
+    become a system and a user message. Else the prompt is raw text: the system text, an empty line, the template.
+    Templates see the row's columns as variables and nothing else; ``range`` is limited by the sandbox.
+
+    Raises:
+        ConfigError: a template does not parse or names a column that the input lacks, the token id column is missing
+            or not a list of integers, or ``prompt.chat`` is always and the checkpoint has no chat template.
+    """
+
+    def __init__(
+        self, section: PromptSection, *, sampling: SamplingParams, input_schema: pa.Schema, has_chat_template: bool
+    ) -> None:
+        problems = check_prompt(section, input_schema=input_schema)
+        if section.chat == "always" and not has_chat_template and section.token_ids is None:
+            problems.append(
+                Problem("prompt.chat", "is 'always', but the model has no chat template; use auto or never")
+            )
+        if problems:
+            raise ConfigError(problems)
+        environment = _environment()
+        self._sampling = sampling
+        self._token_ids = section.token_ids
+        self._template = None if section.template is None else environment.from_string(section.template)
+        self._system = None if section.system is None else environment.from_string(section.system)
+        self._as_chat = has_chat_template and section.chat != "never"
+        self._template_columns = _referenced(section.template)
+        self.columns = prompt_columns(section)
+
+    def render_table(self, table: pa.Table, *, ids: tuple[str, ...]) -> Iterator[_Outcome]:
+        """The request, or the reason why there is none, of every row in order. Never raises for a row."""
+        used = [_python_values(table.column(name)) for name in self.columns]
+        for index, row_id in enumerate(ids):
+            row = {name: values[index] for name, values in zip(self.columns, used, strict=True)}
+            yield self.render(row, row_id=row_id)
+
+    def render(self, row: Mapping[str, object], *, row_id: str) -> _Outcome:
+        """The request of one row (column name to Python value; only ``columns`` are looked at)."""
+        for value in row.values():
+            if isinstance(value, UnreadableValue):
+                return value.error
+        if self._token_ids is not None:
+            return self._from_token_ids(row[self._token_ids], row_id=row_id)
+        return self._from_template(row, row_id=row_id)
+
+    def _from_template(self, row: Mapping[str, object], *, row_id: str) -> _Outcome:
+        assert self._template is not None
+        names = self._template_columns
+        if names and all(row[name] is None for name in names):
+            return RowError(code=ErrorCode.NULL_PROMPT, message=f"NULL in column {', '.join(names)}")
+        user = _rendered(self._template, row, field="prompt.template")
+        system = "" if self._system is None else _rendered(self._system, row, field="prompt.system")
+        if isinstance(user, RowError):
+            return user
+        if isinstance(system, RowError):
+            return system
+        if not user:
+            return RowError(code=ErrorCode.EMPTY_PROMPT, message="prompt.template rendered to an empty text")
+        if not self._as_chat:
+            text = f"{system}{SYSTEM_SEPARATOR}{user}" if system else user
+            return Request(id=row_id, prompt=text, sampling=self._sampling)
+        turns = (Message("system", system),) if system else ()
+        return Request(id=row_id, messages=(*turns, Message("user", user)), sampling=self._sampling)
+
+    def _from_token_ids(self, value: object, *, row_id: str) -> _Outcome:
+        if value is None:
+            return RowError(code=ErrorCode.NULL_PROMPT, message=f"NULL in column {self._token_ids}")
+        assert isinstance(value, list), type(value)
+        if not value:
+            return RowError(code=ErrorCode.EMPTY_PROMPT, message=f"no token ids in column {self._token_ids}")
+        for place, token in enumerate(value):
+            if type(token) is not int or not 0 <= token <= MAX_TOKEN_ID:
+                return RowError(
+                    code=ErrorCode.INVALID_TOKEN_IDS, message=f"column {self._token_ids}: {token!r} at position {place}"
+                )
+        return Request(id=row_id, prompt_token_ids=tuple(value), sampling=self._sampling)
+
+
+def check_prompt(section: PromptSection, *, input_schema: pa.Schema) -> list[Problem]:
+    """Every problem of the prompt section that can be known before a model is loaded."""
+    problems: list[Problem] = []
+    for field, text in (("prompt.template", section.template), ("prompt.system", section.system)):
+        if text is None:
+            continue
+        try:
+            _environment().from_string(text)
+        except jinja2.TemplateSyntaxError as error:
+            problems.append(
+                Problem(field, f"does not parse as a Jinja2 template: {error.message} (line {error.lineno})")
+            )
+            continue
+        problems += missing_columns(field, _referenced(text), schema=input_schema)
+    if section.token_ids is not None:
+        problems += _check_token_ids(section.token_ids, schema=input_schema)
+    return problems
+
+
+def prompt_columns(section: PromptSection) -> tuple[str, ...]:
+    """The columns that the prompt section reads, sorted. Templates that do not parse count as reading none."""
+    if section.token_ids is not None:
+        return (section.token_ids,)
+    names: set[str] = set()
+    for text in (section.template, section.system):
+        try:
+            names.update(_referenced(text))
+        except jinja2.TemplateSyntaxError:
+            continue
+    return tuple(sorted(names))
+
+
+def _environment() -> ImmutableSandboxedEnvironment:
+    return ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
+
+
+def _referenced(text: str | None) -> tuple[str, ...]:
+    if text is None:
+        return ()
+    environment = _environment()
+    names = meta.find_undeclared_variables(environment.parse(text))
+    return tuple(sorted(names - set(environment.globals)))
+
+
+def _check_token_ids(name: str, *, schema: pa.Schema) -> list[Problem]:
+    problems = missing_columns("prompt.token_ids", [name], schema=schema)
+    if problems:
+        return problems
+    kind = schema.field(name).type
+    is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+    if is_list and (pa.types.is_integer(kind.value_type) or pa.types.is_null(kind.value_type)):
+        return []
+    return [Problem("prompt.token_ids", f"column {name!r} has type {kind}; it must be a list of integers")]
+
+
+def _rendered(template: jinja2.Template, row: Mapping[str, object], *, field: str) -> str | RowError:
+    try:
+        text = template.render(row)
+    except Exception as error:
+        return RowError(code=ErrorCode.TEMPLATE_ERROR, message=f"{field}: {type(error).__name__}: {error}")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        message = f"{field}: the rendered text is not valid Unicode at character {error.start}"
+        return RowError(code=ErrorCode.UNDECODABLE_TEXT, message=message)
+    return text
+
+
+def _python_values(column: pa.ChunkedArray[Any]) -> list[object]:
+    try:
+        return column.to_pylist()
+    except (UnicodeDecodeError, ValueError, OverflowError, pa.ArrowException):
+        return [_python_value(scalar) for scalar in column]
+
+
+def _python_value(scalar: pa.Scalar[Any]) -> object:
+    try:
+        return scalar.as_py()
+    except UnicodeDecodeError as error:
+        return UnreadableValue(RowError(code=ErrorCode.UNDECODABLE_TEXT, message=f"not valid UTF-8: {error.reason}"))
+    except (ValueError, OverflowError, pa.ArrowException) as error:
+        return UnreadableValue(RowError(code=ErrorCode.TEMPLATE_ERROR, message=f"unreadable value: {error}"))

@@ -1,0 +1,162 @@
+"""The row contract: which columns a run adds to its input, with one schema for good and failed rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+
+from dspark_batch.core import Result
+from dspark_batch.errors import ConfigError, Problem
+from dspark_batch.job.config import JobConfig
+
+ROW_CONTRACT_VERSION = 1
+"""Part of a run's fingerprint: goes up whenever the added columns or their meaning change."""
+
+ERROR_TYPE = pa.struct([("code", pa.string()), ("message", pa.string()), ("retryable", pa.bool_())])
+LOGPROBS_TYPE = pa.list_(
+    pa.struct(
+        [
+            ("token_id", pa.int32()),
+            ("logprob", pa.float32()),
+            ("top_token_ids", pa.list_(pa.int32())),
+            ("top_logprobs", pa.list_(pa.float32())),
+        ]
+    )
+)
+COUNT_COLUMNS = (
+    "num_prompt_tokens",
+    "num_generated_tokens",
+    "num_rounds",
+    "num_drafted_tokens",
+    "num_accepted_tokens",
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RowSchema:
+    """Columns of a run: those carried over from the input, the generated one, all added ones, and the whole."""
+
+    carried: tuple[str, ...]
+    generated: str
+    added: pa.Schema
+    output: pa.Schema
+
+
+def row_schema(config: JobConfig, *, input_schema: pa.Schema) -> RowSchema:
+    """The schema of every output file of a run, from the schema of the table as it is read.
+
+    Carried columns (``input.columns``, or all) come first, untouched; then ``sample`` (only with ``sampling.n`` > 1),
+    the generated column, ``token_ids`` (only with ``output.token_ids``), ``finish_reason``, the counts, ``logprobs``
+    (only with ``sampling.logprobs``) and ``error``. The generated column is NULL in failed rows.
+
+    Raises:
+        ConfigError: a carried column is missing or occurs twice, or an added column has the name of a carried one.
+    """
+    carried = tuple(config.input.columns if config.input.columns is not None else input_schema.names)
+    added = _added_fields(config)
+    problems = missing_columns("input.columns", carried, schema=input_schema)
+    problems += [
+        Problem("input.columns", f"column {name!r} occurs {carried.count(name)} times; rename it in the input")
+        for name in sorted(set(carried))
+        if carried.count(name) > 1
+    ]
+    problems += _collisions(config, carried=carried, added=added)
+    if problems:
+        raise ConfigError(problems)
+    kept = [input_schema.field(name) for name in carried]
+    return RowSchema(
+        carried=carried, generated=config.output.column, added=pa.schema(added), output=pa.schema([*kept, *added])
+    )
+
+
+def missing_columns(field: str, names: Sequence[str], *, schema: pa.Schema) -> list[Problem]:
+    """One problem for every name that the input schema lacks, with the columns that it has."""
+    available = ", ".join(schema.names) or "none"
+    return [
+        Problem(field, f"the input has no column {name!r}; its columns are: {available}")
+        for name in names
+        if name not in schema.names
+    ]
+
+
+def result_columns(results: Sequence[Result], *, schema: RowSchema) -> list[pa.Array[Any]]:
+    """The added columns of the given samples, in the order of ``schema.added``; one row per result."""
+    return [
+        pa.array(_values(field.name, results, generated=schema.generated), type=field.type) for field in schema.added
+    ]
+
+
+def _added_fields(config: JobConfig) -> list[pa.Field[Any]]:
+    fields: list[pa.Field[Any]] = []
+    if config.sampling.n > 1:
+        fields.append(pa.field("sample", pa.int32()))
+    fields.append(pa.field(config.output.column, pa.string()))
+    if config.output.token_ids:
+        fields.append(pa.field("token_ids", pa.list_(pa.int32())))
+    fields.append(pa.field("finish_reason", pa.string()))
+    fields.extend(pa.field(name, pa.int32()) for name in COUNT_COLUMNS)
+    if config.sampling.logprobs is not None:
+        fields.append(pa.field("logprobs", LOGPROBS_TYPE))
+    fields.append(pa.field("error", ERROR_TYPE))
+    return fields
+
+
+def _collisions(config: JobConfig, *, carried: Sequence[str], added: Sequence[pa.Field[Any]]) -> list[Problem]:
+    problems: list[Problem] = []
+    fixed = [field.name for field in added]
+    fixed.remove(config.output.column)
+    if config.output.column in fixed:
+        problems.append(Problem("output.column", f"{config.output.column!r} is the name of a column that a run adds"))
+    if config.output.column in carried:
+        problems.append(
+            Problem("output.column", f"the input already has a column {config.output.column!r}; choose another name")
+        )
+    problems += [
+        Problem(
+            "input.columns",
+            f"input column {name!r} has the name of a column that the run adds; leave it out of input.columns",
+        )
+        for name in fixed
+        if name in carried
+    ]
+    return problems
+
+
+def _values(name: str, results: Sequence[Result], *, generated: str) -> list[object]:
+    if name == generated:
+        return [None if result.error is not None else result.text for result in results]
+    match name:
+        case "token_ids":
+            return [None if result.error is not None else result.token_ids for result in results]
+        case "finish_reason":
+            return [result.finish_reason.value for result in results]
+        case "logprobs":
+            return [_logprobs(result) for result in results]
+        case "error":
+            return [_error(result) for result in results]
+        case _:
+            return [getattr(result, name) for result in results]
+
+
+def _logprobs(result: Result) -> list[dict[str, object]] | None:
+    if result.logprobs is None or result.error is not None:
+        return None
+    return [
+        {
+            "token_id": entry.token_id,
+            "logprob": entry.logprob,
+            "top_token_ids": entry.top_token_ids,
+            "top_logprobs": entry.top_logprobs,
+        }
+        for entry in result.logprobs
+    ]
+
+
+def _error(result: Result) -> dict[str, object] | None:
+    error = result.error
+    if error is None:
+        return None
+    return {"code": error.code.value, "message": error.message, "retryable": error.retryable}
