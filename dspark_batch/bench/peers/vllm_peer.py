@@ -16,7 +16,7 @@ def main() -> None:
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", f"0-{setup['threads'] - 1}")
     os.environ.setdefault("VLLM_HOST_IP", "127.0.0.1")
-    from vllm import LLM, SamplingParams
+    from vllm import LLM, SamplingParams  # type: ignore[import-not-found]
 
     options: dict[str, Any] = {}
     if setup.get("ngram_tokens"):
