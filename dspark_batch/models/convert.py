@@ -75,6 +75,7 @@ def _write_safetensors(gguf: Path, folder: Path) -> None:
 
     AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
     config = AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name).to_dict()
+    config = {name: value for name, value in config.items() if not name.startswith("_")}
     config.pop("quantization_config", None)
     spec = decoder_spec(config, where=str(gguf))
     arrays = checkpoint_tensors(gguf, num_heads=spec.num_heads, num_kv_heads=spec.num_kv_heads)

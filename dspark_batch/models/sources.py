@@ -86,7 +86,7 @@ def weights_fingerprint(source: ModelSource) -> str:
     Raises:
         ModelError: a file cannot be read.
     """
-    files = [source.path] if source.path.is_file() else sorted(_checkpoint_files(source.path))
+    files = sorted(_checkpoint_files(source.path)) if source.path.is_dir() else [source.path]
     digests = _DigestCache(cache_dir() / "digests.json")
     total = hashlib.sha256()
     for file in files:

@@ -134,10 +134,8 @@ class QKVWriter:
         heads = qkv.view(qkv.shape[0], num_rotated + spec.num_kv_heads, spec.head_dim)
         qk, value = heads[:, :num_rotated], heads[:, num_rotated:]
         if self._head_norms is not None:
-            qk = (
-                functional.rms_norm(qk.float(), (spec.head_dim,), None, spec.norm_eps).to(qkv.dtype)
-                * self._head_norms[layer]
-            )
+            normed = functional.rms_norm(qk.float(), (spec.head_dim,), None, spec.norm_eps)
+            qk = normed.to(qkv.dtype) * self._head_norms[layer]
         low, high = qk.chunk(2, dim=-1)
         cos, sin = tokens.cos, tokens.sin
         rotated = torch.cat((low * cos - high * sin, high * cos + low * sin), dim=-1)

@@ -1,0 +1,90 @@
+"""The decoder on the native CPU kernels: one call a step for all layers."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from dspark_batch.models.attention.native import native_rows
+from dspark_batch.models.decoder import check_taps
+from dspark_batch.models.families import DecoderSpec
+from dspark_batch.models.kernels.decoder import NativeLayer, NativeLayers, NativeShape
+from dspark_batch.models.kernels.library import Kernels, load_kernels, supports
+from dspark_batch.models.kernels.packed import PackedLinear
+from dspark_batch.models.kv_cache import KVCache
+from dspark_batch.models.rope import RopeTable
+from dspark_batch.models.weights import DecoderWeights
+from dspark_batch.tensors import ForwardBatch, ForwardOutput
+
+
+class NativeDecoder:
+    """Does what ``decoder.Decoder`` does. A token's hidden state depends on its row alone, bit for bit."""
+
+    def __init__(
+        self, spec: DecoderSpec, *, weights: DecoderWeights, kv: KVCache, rope: RopeTable, kernels: Kernels
+    ) -> None:
+        self.spec = spec
+        self._kv = kv
+        self._embedding = weights.embedding
+        self._head: PackedLinear = weights.head.native(kernels)
+        layers = [
+            NativeLayer(
+                input_norm=layer.input_norm,
+                qkv=layer.qkv.native(kernels),
+                output=layer.output.native(kernels),
+                mlp_norm=layer.mlp_norm,
+                gate_up=layer.gate_up.native(kernels, gated=True),
+                down=layer.down.native(kernels),
+                q_norm=layer.q_norm,
+                k_norm=layer.k_norm,
+                window=window,
+            )
+            for layer, window in zip(weights.layers, spec.sliding_windows, strict=True)
+        ]
+        shape = NativeShape(
+            num_heads=spec.num_heads,
+            num_kv_heads=spec.num_kv_heads,
+            head_dim=spec.head_dim,
+            hidden_size=spec.hidden_size,
+            norm_eps=spec.norm_eps,
+        )
+        self._layers = NativeLayers(
+            kernels,
+            shape,
+            layers,
+            final_norm=weights.final_norm,
+            k=kv.k,
+            v=kv.v,
+            cos=rope.cos.float().contiguous(),
+            sin=rope.sin.float().contiguous(),
+        )
+
+    def forward(self, batch: ForwardBatch) -> ForwardOutput:
+        """Write every token's keys and values; give hidden states at ``logit_index`` and the tapped features."""
+        check_taps(batch.taps, self.spec.num_layers - 1)
+        rows = native_rows(batch, self._kv)
+        x = functional.embedding(batch.token_ids, self._embedding)
+        hidden, features = self._layers.forward(x, rows, batch.logit_index.contiguous(), taps=batch.taps)
+        return ForwardOutput(hidden, features)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[N, H] -> [N, V] float32, the unrounded sums of products in the model's dtype."""
+        return self._head(hidden.contiguous(), dtype=torch.float32)
+
+    def embed(self, token_ids: Tensor) -> Tensor:
+        """[T] -> [T, H]; drafters share the target's embedding."""
+        return functional.embedding(token_ids, self._embedding)
+
+
+def native_decoder(spec: DecoderSpec, *, weights: DecoderWeights, kv: KVCache, rope: RopeTable) -> NativeDecoder | None:
+    """None where the kernels cannot be had or do not know the device, the dtype or a width of the model."""
+    q_width = spec.num_heads * spec.head_dim
+    multiples_of_32 = (spec.hidden_size, spec.intermediate_size, q_width)
+    if any(width % 32 for width in multiples_of_32):
+        return None
+    widths = (*multiples_of_32, spec.num_kv_heads * spec.head_dim)
+    if not supports(dtype=kv.k.dtype, device=kv.k.device, widths=widths, head_dim=spec.head_dim):
+        return None
+    kernels = load_kernels()
+    return kernels and NativeDecoder(spec, weights=weights, kv=kv, rope=rope, kernels=kernels)

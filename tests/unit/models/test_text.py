@@ -1,0 +1,94 @@
+"""Tokens and text: chat templates, special tokens, and text that grows token by token."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from dspark_batch.core import Message
+from dspark_batch.errors import ModelError
+from dspark_batch.models.text import IncrementalDecoder, TextCodec
+
+
+@pytest.fixture(scope="module")
+def codec(checkpoint: Callable[..., Path]) -> TextCodec:
+    codec = TextCodec.from_folder(checkpoint("llama"))
+    assert codec is not None
+    return codec
+
+
+def test_text_comes_back_from_its_tokens(codec: TextCodec) -> None:
+    text = "Grüße, 世界! 🙂\n\ttabs"
+    assert codec.decode(codec.encode(text)) == text
+    assert len(codec.encode(text)) == len(text.encode())
+
+
+def test_special_tokens_are_skipped_unless_wanted(codec: TextCodec) -> None:
+    ids = [*codec.encode("hi"), 257]
+    assert codec.decode(ids) == "hi"
+    assert codec.decode(ids, skip_special_tokens=False) == "hi<|end|>"
+
+
+def test_a_chat_is_rendered_by_the_template(codec: TextCodec) -> None:
+    turns = (Message("system", "Be brief."), Message("user", "Hi?"))
+    ids = codec.encode_chat(turns)
+    expected = "<|start|>system\nBe brief.<|end|>\n<|start|>user\nHi?<|end|>\n<|start|>assistant\n"
+    assert codec.decode(ids, skip_special_tokens=False) == expected
+    closed = codec.encode_chat(turns, add_generation_prompt=False)
+    assert ids[: len(closed)] == closed
+    assert 256 in ids
+
+
+def test_without_a_template_a_chat_is_refused(codec: TextCodec, checkpoint: Callable[..., Path]) -> None:
+    bare = TextCodec.from_folder(checkpoint("llama"))
+    assert bare is not None
+    assert codec.has_chat_template
+    bare._tokenizer.chat_template = None
+    with pytest.raises(ModelError, match="no chat template"):
+        bare.encode_chat((Message("user", "x"),))
+
+
+def test_a_template_that_refuses_the_messages_is_a_value_error(checkpoint: Callable[..., Path]) -> None:
+    strict = TextCodec.from_folder(checkpoint("llama"))
+    assert strict is not None
+    strict._tokenizer.chat_template = "{{ raise_exception('system role not supported') }}"
+    with pytest.raises(ValueError, match="system role not supported"):
+        strict.encode_chat((Message("system", "x"),))
+
+
+def test_a_damaged_tokenizer_is_a_model_error(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(ModelError, match="tokenizer in"):
+        TextCodec.from_folder(tmp_path)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(text=st.text(max_size=24), cuts=st.lists(st.integers(1, 5), max_size=20))
+def test_incremental_text_equals_the_text_decoded_at_once(codec: TextCodec, text: str, cuts: list[int]) -> None:
+    ids = codec.encode(text)
+    decoder = IncrementalDecoder(codec)
+    pieces, at = [], 0
+    for cut in [*cuts, len(ids)]:
+        pieces.append(decoder.append(ids[at : at + cut]))
+        at += cut
+        assert "".join(pieces) == decoder.text
+        assert codec.decode(ids).startswith(decoder.text)
+    assert decoder.finish() == codec.decode(ids)
+
+
+def test_half_a_character_is_held_back_and_shown_at_the_end(codec: TextCodec) -> None:
+    ids = codec.encode("a🙂")
+    decoder = IncrementalDecoder(codec)
+    assert decoder.append(ids[:3]) == "a"
+    assert decoder.text == "a"
+    assert decoder.finish().startswith("a\ufffd")
+
+
+def test_special_tokens_add_no_text(codec: TextCodec) -> None:
+    decoder = IncrementalDecoder(codec)
+    assert decoder.append([*codec.encode("a"), 257, *codec.encode("b"), 257]) == "ab"
+    assert decoder.finish() == "ab"
