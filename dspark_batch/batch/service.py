@@ -6,13 +6,26 @@ import queue
 import threading
 from collections.abc import Callable
 from concurrent.futures import CancelledError, Future
+from typing import Protocol
 
 from dspark_batch.batch.results import ShardResult
 from dspark_batch.batch.rows import ShardInput
-from dspark_batch.batch.worker import BatchWorker
 from dspark_batch.errors import EngineError
 
 _Job = tuple[ShardInput, "Future[ShardResult]"]
+
+
+class ShardWorker(Protocol):
+    """What the service drives, on its thread alone: a ``BatchWorker``, or several of them on one engine."""
+
+    @property
+    def num_open_shards(self) -> int: ...
+
+    def open(self, shard: ShardInput) -> None: ...
+
+    def advance(self) -> None: ...
+
+    def take_finished(self) -> list[ShardResult]: ...
 
 
 class WorkerService:
@@ -23,10 +36,10 @@ class WorkerService:
     shards. Use as a context manager, or call ``close``.
     """
 
-    def __init__(self, make_worker: Callable[[], BatchWorker]) -> None:
+    def __init__(self, make_worker: Callable[[], ShardWorker]) -> None:
         self._make_worker = make_worker
         self._inbox: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
-        self._ready: Future[BatchWorker] = Future()
+        self._ready: Future[ShardWorker] = Future()
         self._lock = threading.Lock()
         self._closed = False
         self._fault: EngineError | None = None
@@ -96,7 +109,7 @@ class WorkerService:
         else:
             self._fail(None)
 
-    def _accept(self, worker: BatchWorker) -> bool:
+    def _accept(self, worker: ShardWorker) -> bool:
         """Open every shard in the inbox, waiting where there is nothing else to do. False when the service closes."""
         while True:
             try:

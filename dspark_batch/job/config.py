@@ -16,6 +16,7 @@ from dspark_batch.engine.config import (
     ScheduleName,
     VerificationMode,
 )
+from dspark_batch.spark.config import SparkSection
 
 OutputMode = Literal["resume", "overwrite", "error"]
 
@@ -148,6 +149,7 @@ class JobConfig(Section):
     output: OutputSection
     engine: EngineSection = Field(default_factory=EngineSection)
     ray: RaySection = Field(default_factory=RaySection)
+    spark: SparkSection = Field(default_factory=SparkSection)
     shards: ShardSection = Field(default_factory=ShardSection)
     limits: LimitsSection = Field(default_factory=LimitsSection)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import os
 import re
@@ -33,8 +34,24 @@ def load_config(path: str | Path, *, overrides: Sequence[str] = ()) -> JobConfig
         ConfigError: the file cannot be read, is no YAML mapping, repeats a key, or a field is unknown or out of range.
             It lists every problem with its field, its value, and the file (or "command line") it came from.
     """
-    source = str(path)
     tree = _read_yaml(Path(path))
+    return _validated(tree, source=str(path), overrides=overrides)
+
+
+def read_values(path: str | Path) -> dict[str, Any]:
+    """The sections of a YAML file, not validated yet. Raises ConfigError where the file is no mapping of sections."""
+    tree = _read_yaml(Path(path))
+    if tree.problems:
+        raise ConfigError(tree.problems)
+    return tree.values
+
+
+def config_from_values(values: Mapping[str, Any], *, source: str, overrides: Sequence[str] = ()) -> JobConfig:
+    """``load_config`` for sections that are at hand as nested mappings; ``source`` names them in problems."""
+    return _validated(_Tree(copy.deepcopy(dict(values))), source=source, overrides=overrides)
+
+
+def _validated(tree: _Tree, *, source: str, overrides: Sequence[str]) -> JobConfig:
     problems, overridden = _apply_overrides(tree.values, overrides)
     problems = tree.problems + problems
     try:
