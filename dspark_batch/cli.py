@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from dspark_batch.errors import ConfigError, DSparkBatchError, Problem
+from dspark_batch.errors import ConfigError, DSparkBatchError, FingerprintMismatchError, Problem
 from dspark_batch.job.outcome import ExitCode
 
 app = typer.Typer(
@@ -37,7 +37,8 @@ def run(
     ] = False,
 ) -> None:
     """Run the job of CONFIG; the same command again resumes it."""
-    from dspark_batch.job.runner import dry_run_job, preview_job, run_job
+    from dspark_batch.job.preview import preview_job
+    from dspark_batch.job.runner import dry_run_job, run_job
 
     chosen = [
         flag
@@ -48,12 +49,13 @@ def run(
         raise ConfigError([Problem(" ".join(chosen), "exclude each other; give one of them", "command line")])
     given = overrides or []
     if dry_run:
-        code = dry_run_job(config, overrides=given)
+        outcome = dry_run_job(config, overrides=given)
     elif preview is not None:
-        code = preview_job(config, overrides=given, num_rows=preview)
+        outcome = preview_job(config, overrides=given, num_rows=preview)
     else:
-        code = run_job(config, overrides=given, retry_failed=retry_failed)
-    raise typer.Exit(code)
+        outcome = run_job(config, overrides=given, retry_failed=retry_failed)
+    print(outcome.text)
+    raise typer.Exit(outcome.code)
 
 
 @app.command()
@@ -72,6 +74,9 @@ def run_cli(arguments: list[str] | None = None) -> int:
         return end.code if isinstance(end.code, int) else ExitCode.OK
     except ConfigError as error:
         _complain("the config is not valid:", *(f"  {problem}" for problem in error.problems))
+        return ExitCode.BAD_CONFIG
+    except FingerprintMismatchError as error:
+        _complain(str(error))
         return ExitCode.BAD_CONFIG
     except DSparkBatchError as error:
         _complain(str(error))

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
-    from dspark_batch.batch.commit import ManifestEntry
+    from dspark_batch.batch.manifest import ManifestEntry
     from dspark_batch.batch.shards import Shard
 
 TICK_S = 0.2

@@ -55,6 +55,8 @@ def drive(
     After an early stop the running shards are given time to commit: without limit for bounds, ``grace_s`` for signals.
     Raises whatever ended the backend.
     """
+    if stop.is_asked():
+        return Ending.SIGNAL
     ending = Ending.DONE
     deadline_s: float | None = None
     for entry in backend.run(shards):
@@ -62,7 +64,7 @@ def drive(
             done.add(entry.stats)
             whole.add(entry.stats)
         report.update(done)
-        if deadline_s is None and stop.signal_name is not None:
+        if deadline_s is None and stop.is_asked():
             deadline_s = clock() + grace_s
             ending = Ending.SIGNAL
             backend.stop()

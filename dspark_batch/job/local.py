@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from dspark_batch.job.backend import TICK_S
 
 if TYPE_CHECKING:
-    from dspark_batch.batch.commit import ManifestEntry
+    from dspark_batch.batch.manifest import ManifestEntry
     from dspark_batch.batch.shards import Shard
 
 

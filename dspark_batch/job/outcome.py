@@ -33,6 +33,11 @@ class Outcome:
     code: ExitCode
     text: str
 
+    @property
+    def is_success(self) -> bool:
+        """Whether every row went through, failed rows within the limit included."""
+        return self.code in (ExitCode.OK, ExitCode.SOME_ROWS_FAILED)
+
 
 @dataclass(slots=True)
 class Totals:

@@ -33,6 +33,9 @@ class StopRequest:
         """The signal that asked to stop, or None."""
         return self._name
 
+    def is_asked(self) -> bool:
+        return self._name is not None
+
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if self._name is not None:
             raise KeyboardInterrupt

@@ -79,11 +79,8 @@ def share_of(nodes: Sequence[Mapping[str, float]], *, section: RaySection, devic
         ConfigError: the cluster cannot place ``ray.actors`` actors with the configured ``ray.num_cpus`` and
             ``ray.num_gpus``.
     """
-    has_gpu = any(node.get("GPU", 0) >= 1 for node in nodes)
-    if section.num_gpus == "auto":
-        num_gpus = 1.0 if has_gpu and device != "cpu" else 0.0
-    else:
-        num_gpus = section.num_gpus
+    can_use_gpu = device != "cpu" and any(node.get("GPU", 0) >= 1 for node in nodes)
+    num_gpus = float(can_use_gpu) if section.num_gpus == "auto" else section.num_gpus
     num_cpus = _even_share(nodes, actors=section.actors, num_gpus=num_gpus)
     if section.num_cpus != "auto":
         num_cpus = section.num_cpus

@@ -34,7 +34,9 @@ class JobControl:
         """An actor starts. False: it must not, since the starts before it came to nothing."""
         self._num_starts += 1
         if self._num_starts > self._max_starts and self._failure is None:
-            message = f"the engine broke {self._num_starts - 1} times without finishing a shard; last: {self._last_fault}"
+            message = (
+                f"the engine broke {self._num_starts - 1} times without finishing a shard; last: {self._last_fault}"
+            )
             self._failure = Failure(kind="EngineError", message=message)
         return self._failure is None
 

@@ -40,7 +40,9 @@ def stats(*, num_rows: int = 10, num_failed: int = 0, num_tokens: int = 100) -> 
 class ScriptedBackend:
     """Commits one shard per step until stopped; then the ``num_running`` shards that were running."""
 
-    def __init__(self, *, entry: ShardStats, num_running: int = 1, on_step: Callable[[int], None] | None = None) -> None:
+    def __init__(
+        self, *, entry: ShardStats, num_running: int = 1, on_step: Callable[[int], None] | None = None
+    ) -> None:
         self._entry = SimpleNamespace(stats=entry)
         self._num_running = num_running
         self._on_step = on_step or (lambda step: None)
@@ -74,10 +76,17 @@ def run(backend: Any, num_shards: int, **options: Any) -> tuple[Ending, Totals, 
     return ending, done, stream.getvalue()
 
 
-def stop_asked() -> StopRequest:
+def backend_with_signal(num_running: int, *, on_step: Callable[[int], None] | None = None) -> tuple[Any, StopRequest]:
+    """A backend that gets SIGTERM while its first shard runs."""
     stop = StopRequest()
-    stop._receive(15, None)
-    return stop
+
+    def step(number: int) -> None:
+        if number == 0:
+            stop._receive(15, None)
+        if on_step is not None:
+            on_step(number)
+
+    return ScriptedBackend(entry=stats(), num_running=num_running, on_step=step), stop
 
 
 def test_all_shards_are_counted() -> None:
@@ -89,15 +98,24 @@ def test_all_shards_are_counted() -> None:
 
 
 def test_a_signal_lets_running_shards_commit_and_begins_no_other() -> None:
-    backend = ScriptedBackend(entry=stats(), num_running=2)
-    ending, done, text = run(backend, 50, stop=stop_asked())
+    backend, stop = backend_with_signal(2)
+    ending, done, text = run(backend, 50, stop=stop)
     assert ending is Ending.SIGNAL
     assert done.num_shards == 3
     assert "SIGTERM: beginning no more shards" in text
 
 
 def test_a_signal_during_the_last_shards_still_ends_as_done() -> None:
-    assert run(ScriptedBackend(entry=stats(), num_running=5), 3, stop=stop_asked())[0] is Ending.DONE
+    backend, stop = backend_with_signal(5)
+    assert run(backend, 3, stop=stop)[0] is Ending.DONE
+
+
+def test_a_signal_before_the_first_shard_begins_none() -> None:
+    stop = StopRequest()
+    stop._receive(2, None)
+    ending, done, _ = run(ScriptedBackend(entry=stats()), 3, stop=stop)
+    assert ending is Ending.SIGNAL
+    assert done.num_shards == 0
 
 
 def test_shards_that_outlast_the_grace_time_are_given_up() -> None:
@@ -107,8 +125,8 @@ def test_shards_that_outlast_the_grace_time_are_given_up() -> None:
         nonlocal now_s
         now_s += 30.0
 
-    backend = ScriptedBackend(entry=stats(), num_running=50, on_step=pass_time)
-    ending, done, _ = run(backend, 50, stop=stop_asked(), grace_s=60.0, clock=lambda: now_s)
+    backend, stop = backend_with_signal(50, on_step=pass_time)
+    ending, done, _ = run(backend, 50, stop=stop, grace_s=60.0, clock=lambda: now_s)
     assert ending is Ending.GRACE_OVER
     assert done.num_shards == 3
 
@@ -133,8 +151,10 @@ def test_too_many_failed_rows_stop_the_run_early() -> None:
 
 
 def test_a_second_signal_ends_at_once() -> None:
+    stop = StopRequest()
+    stop._receive(15, None)
     with pytest.raises(KeyboardInterrupt):
-        stop_asked()._receive(2, None)
+        stop._receive(2, None)
 
 
 def test_handlers_are_put_back() -> None:

@@ -1,0 +1,106 @@
+"""One process of a run: reads shards, generates their rows on one engine, commits them. The same under every driver."""
+
+from __future__ import annotations
+
+from concurrent.futures import CancelledError
+from dataclasses import dataclass
+
+import pyarrow as pa
+
+from dspark_batch.batch.commit import RunStore
+from dspark_batch.batch.contract import RowEngine
+from dspark_batch.batch.engines import make_engine
+from dspark_batch.batch.manifest import ManifestEntry
+from dspark_batch.batch.reader import ShardReader
+from dspark_batch.batch.results import ShardResult
+from dspark_batch.batch.retry import committed_table, merge, only_rows, retryable_rows
+from dspark_batch.batch.rows import ShardInput
+from dspark_batch.batch.service import WorkerService
+from dspark_batch.batch.shards import Shard
+from dspark_batch.batch.worker import BatchWorker
+from dspark_batch.engine.config import EngineConfig
+from dspark_batch.errors import EngineError
+from dspark_batch.job.config import JobConfig
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerSpec:
+    """What a process needs to work for a run; plain values that travel to any machine. Paths are absolute or URIs.
+
+    ``num_threads`` replaces ``engine.threads: auto``; ``engine_factory`` names another engine than the real one.
+    """
+
+    config: JobConfig
+    plan_schema: pa.Schema
+    fingerprint: str
+    run_id: str
+    retry_failed: bool = False
+    engine_factory: str | None = None
+    num_threads: int | None = None
+
+    def engine_config(self) -> EngineConfig:
+        """The engine's settings, with the threads that this process may use."""
+        config = self.config.engine_config()
+        if self.num_threads is None or config.threads != "auto":
+            return config
+        return config.model_copy(update={"threads": self.num_threads})
+
+
+class ShardExecutor:
+    """Owns one engine. ``run`` may be called from several threads; their rows share one continuous batch.
+
+    Raises:
+        ModelError: the engine's model cannot be loaded.
+        ConfigError, InputError, OutputError: the run cannot be worked on from this machine.
+    """
+
+    def __init__(self, spec: WorkerSpec) -> None:
+        self._spec = spec
+        self._num_samples = spec.config.sampling.n
+        self._reader = ShardReader(spec.config, plan_schema=spec.plan_schema)
+        self._run = RunStore(spec.config.output.path, run_id=spec.run_id).join(spec.fingerprint)
+        self._engine: RowEngine | None = None
+        self._service = WorkerService(self._make_worker).start()
+
+    def run(self, shard: Shard) -> ManifestEntry:
+        """Generate and commit one shard; the entry that stands if another attempt has committed it already.
+
+        With ``retry_failed`` the failed rows of a committed shard that may succeed are generated again, and the shard
+        is replaced. Raises EngineError when the engine is broken (another process may succeed), InputError and
+        OutputError.
+        """
+        standing = self._run.entry(shard.name)
+        if standing is None:
+            return self._run.commit(self._generate(self._reader.read(shard)))
+        if not self._spec.retry_failed:
+            return standing
+        before = committed_table(standing, store=self._run.store)
+        rows = retryable_rows(before, num_samples=self._num_samples)
+        if not rows:
+            return standing
+        again = self._generate(only_rows(self._reader.read(shard), rows))
+        merged = merge(before, again, rows=rows, num_samples=self._num_samples, entry=standing)
+        return self._run.commit(merged, replace=True)
+
+    def close(self) -> None:
+        """Stop the engine after its current round; shards in flight are given up."""
+        self._service.close()
+        self._reader.close()
+        if self._engine is not None:
+            self._engine.close()
+
+    def __enter__(self) -> ShardExecutor:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _generate(self, shard: ShardInput) -> ShardResult:
+        try:
+            return self._service.submit(shard).result()
+        except (CancelledError, RuntimeError) as error:
+            raise EngineError(f"shard {shard.key}: given up, the engine was closed") from error
+
+    def _make_worker(self) -> BatchWorker:
+        self._engine = make_engine(self._spec.engine_config(), factory=self._spec.engine_factory)
+        return BatchWorker(self._engine, config=self._spec.config, input_schema=self._reader.schema)

@@ -1,0 +1,154 @@
+"""Everything that can be known before a model is loaded: config, input, columns, fingerprint, what is left to do."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dspark_batch.errors import ConfigError, ModelError, Problem
+from dspark_batch.job.config import JobConfig
+from dspark_batch.job.loader import absolute_paths, load_config
+from dspark_batch.job.outcome import Totals
+
+if TYPE_CHECKING:
+    from dspark_batch.batch.commit import RunStore
+    from dspark_batch.batch.manifest import ManifestEntry
+    from dspark_batch.batch.shards import Plan, Shard
+
+PLAN_FILE = "plan.json"
+RAY_WORKING_DIRS = "working_dir_files"
+"""Part of the path of the folder into which ``ray job submit --working-dir`` unpacks; it goes away with the cluster."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PreparedRun:
+    """A run that passed every check. Nothing has been written yet. Paths in ``config`` are absolute."""
+
+    config: JobConfig
+    store: RunStore
+    plan: Plan
+    has_saved_plan: bool
+    fields: Mapping[str, object]
+    fingerprint: str
+    engine_factory: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Remaining:
+    """Which shards a run still has to do, the entries that stand, and the totals of those that need no more work."""
+
+    shards: tuple[Shard, ...]
+    committed: Mapping[str, ManifestEntry]
+    totals: Totals
+
+
+def prepare(path: str | Path, *, overrides: Sequence[str] = (), retry_failed: bool = False) -> PreparedRun:
+    """Load and check a job. Loads neither torch, Ray nor Spark, and writes nothing.
+
+    Raises:
+        ConfigError: the config, or a column, template or filter in it, or the model's name is wrong.
+        InputError: the input cannot be read, or changed since the run began.
+        FingerprintMismatchError: the output path holds a run with other settings.
+    """
+    from dspark_batch.batch.commit import RunStore
+    from dspark_batch.batch.engines import configured_factory
+    from dspark_batch.batch.fingerprint import fingerprint_fields
+    from dspark_batch.batch.shards import Plan, make_plan
+    from dspark_batch.provenance import fingerprint
+
+    written = load_config(path, overrides=overrides)
+    if retry_failed:
+        written = _resuming(written)
+    _refuse_vanishing_output(written)
+    config = absolute_paths(written)
+    factory = configured_factory()
+    weights = _weights_identity(config, factory)
+    store = RunStore(config.output.path)
+    saved = store.read_meta(PLAN_FILE) if config.output.mode == "resume" else None
+    if saved is not None:
+        began_with = Plan.from_json(saved, source=f"{config.output.path}/_dspark/{PLAN_FILE}")
+        fields = fingerprint_fields(written, weights_fingerprint=weights, input_digest=began_with.digest)
+        _check_output(store, fields, config)
+    plan = make_plan(config.input, max_rows=config.shards.rows, saved=saved)
+    _check_columns(config, plan)
+    fields = fingerprint_fields(written, weights_fingerprint=weights, input_digest=plan.digest)
+    if saved is None:
+        _check_output(store, fields, config)
+    return PreparedRun(
+        config=config,
+        store=store,
+        plan=plan,
+        has_saved_plan=saved is not None,
+        fields=fields,
+        fingerprint=fingerprint(fields),
+        engine_factory=factory,
+    )
+
+
+def remaining(run: PreparedRun, *, retry_failed: bool = False) -> Remaining:
+    """What is left of a run: shards without a commit and, with ``retry_failed``, those with rows worth another try."""
+    is_new = run.config.output.mode == "overwrite"
+    committed = {} if is_new else run.store.join(run.fingerprint).committed(verify_checksums=False)
+    todo = tuple(
+        shard
+        for shard in run.plan.shards
+        if shard.name not in committed or (retry_failed and committed[shard.name].stats.num_retryable_rows)
+    )
+    open_names = {shard.name for shard in todo}
+    totals = Totals()
+    for shard in run.plan.shards:
+        if shard.name not in open_names:
+            totals.add(committed[shard.name].stats)
+    return Remaining(shards=todo, committed=committed, totals=totals)
+
+
+def _resuming(config: JobConfig) -> JobConfig:
+    return config.model_copy(update={"output": config.output.model_copy(update={"mode": "resume"})})
+
+
+def _refuse_vanishing_output(config: JobConfig) -> None:
+    path = config.output.path
+    if "://" in path or os.path.isabs(path) or RAY_WORKING_DIRS not in Path.cwd().parts:
+        return
+    message = (
+        f"{path!r} is relative, and the working directory of this Ray job is a temporary copy ({Path.cwd()}); "
+        "give an absolute path or a URI"
+    )
+    raise ConfigError([Problem("output.path", message)])
+
+
+def _weights_identity(config: JobConfig, factory: str | None) -> str:
+    if factory is not None:
+        return f"{factory} {config.model.target}"
+    from dspark_batch.models.sources import resolve_source, weights_fingerprint
+
+    try:
+        return weights_fingerprint(resolve_source(config.model.target, revision=config.model.revision))
+    except ModelError as error:
+        raise ConfigError([Problem("model.target", str(error))]) from error
+
+
+def _check_columns(config: JobConfig, plan: Plan) -> None:
+    from dspark_batch.batch.reader import columns_to_read
+    from dspark_batch.batch.worker import check_schema
+
+    problems: list[Problem] = []
+    try:
+        check_schema(config, input_schema=plan.schema)
+    except ConfigError as error:
+        problems += error.problems
+    try:
+        columns_to_read(config, schema=plan.schema)
+    except ConfigError as error:
+        problems += [problem for problem in error.problems if problem.field == "input.filter"]
+    if problems:
+        raise ConfigError(problems)
+
+
+def _check_output(store: RunStore, fields: Mapping[str, object], config: JobConfig) -> None:
+    """Compare with the run that is in the output path; where none is, ``RunStore.open`` looks when the run begins."""
+    if config.output.mode != "overwrite" and store.read_meta("fingerprint.json") is not None:
+        store.open(fields, mode=config.output.mode)

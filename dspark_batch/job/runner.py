@@ -1,0 +1,133 @@
+"""The commands behind ``dspark-batch run``: run, dry run, preview. Each gives an exit code and a text to show."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, TextIO
+
+from dspark_batch.job.backend import Backend
+from dspark_batch.job.drive import Bounds, Ending, bound_reached, drive
+from dspark_batch.job.loader import dump_config
+from dspark_batch.job.local import LocalBackend
+from dspark_batch.job.outcome import Outcome, Totals
+from dspark_batch.job.prepare import PLAN_FILE, PreparedRun, Remaining, prepare, remaining
+from dspark_batch.job.progress import Work, progress_report
+from dspark_batch.job.signals import StopRequest
+from dspark_batch.job.summary import Finished, describe, ending_outcome, nothing_to_do
+from dspark_batch.provenance import device_facts
+
+if TYPE_CHECKING:
+    from dspark_batch.batch.executor import WorkerSpec
+
+
+def run_job(
+    path: str | Path, *, overrides: Sequence[str] = (), retry_failed: bool = False, progress: TextIO | None = None
+) -> Outcome:
+    """Run a job, or go on with it, until its end or an early stop. Progress goes to stderr unless given.
+
+    Raises ConfigError, InputError, OutputError, ModelError or EngineError where the run cannot begin or go on; what
+    was committed before stays.
+    """
+    run = prepare(path, overrides=overrides, retry_failed=retry_failed)
+    left = remaining(run, retry_failed=retry_failed)
+    if not left.shards:
+        return _close_without_work(run, left)
+    bounds = Bounds(
+        max_failed_rows=run.config.limits.max_failed_fraction * run.plan.num_rows,
+        max_generated_tokens=run.config.limits.max_generated_tokens,
+    )
+    before = bound_reached(left.totals, bounds)
+    if before is not Ending.DONE:
+        return ending_outcome(Finished(run=run, ending=before, done=Totals(), whole=left.totals, elapsed_s=0.0))
+    _begin(run)
+    finished = _work(run, left, bounds=bounds, retry_failed=retry_failed, stream=progress or sys.stderr)
+    return _finish(finished)
+
+
+def dry_run_job(path: str | Path, *, overrides: Sequence[str] = ()) -> Outcome:
+    """Check a job as ``run_job`` would and say what it would do. Loads no model and writes nothing."""
+    run = prepare(path, overrides=overrides)
+    return describe(run, remaining(run))
+
+
+def _begin(run: PreparedRun) -> None:
+    run.store.open(run.fields, mode=run.config.output.mode)
+    if not run.has_saved_plan:
+        run.store.write_meta(PLAN_FILE, run.plan.to_json())
+    run.store.write_meta("run.yaml", dump_config(run.config))
+    run.store.store.delete("_SUCCESS")
+    run.store.sweep()
+
+
+def _work(run: PreparedRun, left: Remaining, *, bounds: Bounds, retry_failed: bool, stream: TextIO) -> Finished:
+    work = Work(num_rows=sum(shard.num_rows for shard in left.shards), num_shards=len(left.shards))
+    done, whole = Totals(), left.totals
+    with ExitStack() as stack:
+        report = stack.enter_context(progress_report(work, stream=stream))
+        report.say(f"{work.num_rows} rows in {work.num_shards} shards to do; loading {run.config.model.target}")
+        backend = stack.enter_context(_backend(run, retry_failed=retry_failed))
+        stop = stack.enter_context(StopRequest())
+        start_s = time.monotonic()
+        ending = drive(backend, left.shards, done=done, whole=whole, bounds=bounds, report=report, stop=stop)
+        elapsed_s = time.monotonic() - start_s
+    return Finished(run=run, ending=ending, done=done, whole=whole, elapsed_s=elapsed_s)
+
+
+@contextmanager
+def _backend(run: PreparedRun, *, retry_failed: bool) -> Iterator[Backend]:
+    from dspark_batch.batch.executor import ShardExecutor, WorkerSpec
+
+    spec = WorkerSpec(
+        config=run.config,
+        plan_schema=run.plan.schema,
+        fingerprint=run.fingerprint,
+        run_id=run.store.run_id,
+        retry_failed=retry_failed,
+        engine_factory=run.engine_factory,
+    )
+    if run.config.engine.backend == "local":
+        with ShardExecutor(spec) as executor:
+            yield LocalBackend(executor.run, shards_in_flight=run.config.ray.shards_in_flight)
+        return
+    with _ray_backend(run, spec) as backend:
+        yield backend
+
+
+@contextmanager
+def _ray_backend(run: PreparedRun, spec: WorkerSpec) -> Iterator[Backend]:
+    from dspark_batch.ray_data.environment import cluster_address, prepare_local_environment
+
+    if cluster_address(run.config.ray.address) is None:
+        prepare_local_environment()
+    from dspark_batch.ray_data.cluster import ray_session
+    from dspark_batch.ray_data.pipeline import RayBackend
+
+    with ray_session(run.config.ray):
+        yield RayBackend(spec, section=run.config.ray, device=run.config.engine.device)
+
+
+def _close_without_work(run: PreparedRun, left: Remaining) -> Outcome:
+    _begin_if_new(run)
+    outcome = nothing_to_do(run, left.totals)
+    if outcome.is_success and run.store.store.read("_SUCCESS") is None:
+        run.store.finish()
+    return outcome
+
+
+def _begin_if_new(run: PreparedRun) -> None:
+    if not run.has_saved_plan:
+        _begin(run)
+
+
+def _finish(finished: Finished) -> Outcome:
+    from dspark_batch.job.records import append_metrics
+
+    outcome = ending_outcome(finished)
+    append_metrics(finished, device=device_facts())
+    if outcome.is_success:
+        finished.run.store.finish()
+    return outcome

@@ -1,0 +1,161 @@
+"""What a run says when it ends, has nothing to do, or is only described."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from dspark_batch.job.drive import Ending
+from dspark_batch.job.outcome import ExitCode, Outcome, Totals
+from dspark_batch.job.prepare import PreparedRun, Remaining
+from dspark_batch.job.progress import format_duration
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+NUM_SAMPLE_ROWS = 3
+MAX_CELL_CHARS = 100
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finished:
+    """A run whose driving ended: totals of this process (``done``) and of all committed shards (``whole``)."""
+
+    run: PreparedRun
+    ending: Ending
+    done: Totals
+    whole: Totals
+    elapsed_s: float
+
+
+def ending_outcome(finished: Finished) -> Outcome:
+    """The exit code and summary for an ending."""
+    run, whole = finished.run, finished.whole
+    code = exit_code(run, whole, ending=finished.ending)
+    lines = [_headline(finished), *_work_done(finished), *_failures(run, whole), f"output: {run.config.output.path}"]
+    if finished.done.num_shards:
+        lines += _sample_rows(run)
+    return Outcome(code=code, text="\n".join(lines))
+
+
+def nothing_to_do(run: PreparedRun, whole: Totals) -> Outcome:
+    """The outcome of a run that was complete before it began."""
+    lines = [
+        f"nothing to do: all {whole.num_rows} rows in {whole.num_shards} shards are committed",
+        *_failures(run, whole),
+        f"output: {run.config.output.path}",
+    ]
+    return Outcome(code=exit_code(run, whole, ending=Ending.DONE), text="\n".join(lines))
+
+
+def describe(run: PreparedRun, left: Remaining) -> Outcome:
+    """The outcome of a dry run."""
+    config = run.config
+    facts = {
+        "input": f"{run.plan.num_rows} rows in {len(run.plan.files)} files, {len(run.plan.shards)} shards",
+        "to do": f"{sum(shard.num_rows for shard in left.shards)} rows in {len(left.shards)} shards",
+        "model": config.model.target,
+        "drafter": f"{config.speculation.drafter}, verification {config.speculation.verification}",
+        "backend": config.engine.backend,
+        "output": f"{config.output.path} (mode {config.output.mode})",
+        "fingerprint": run.fingerprint,
+    }
+    width = max(map(len, facts))
+    return Outcome(code=ExitCode.OK, text="\n".join(f"{name:<{width}}  {fact}" for name, fact in facts.items()))
+
+
+def exit_code(run: PreparedRun, whole: Totals, *, ending: Ending) -> ExitCode:
+    """The exit code by how the run ended and by the failed rows of all its shards."""
+    if ending is Ending.TOO_MANY_FAILED:
+        return ExitCode.TOO_MANY_FAILED
+    if ending is not Ending.DONE:
+        return ExitCode.FATAL
+    if whole.failed_fraction > run.config.limits.max_failed_fraction:
+        return ExitCode.TOO_MANY_FAILED
+    return ExitCode.SOME_ROWS_FAILED if whole.num_failed_rows else ExitCode.OK
+
+
+def format_rows(table: pa.Table, *, columns: Iterable[str]) -> list[str]:
+    """The columns of every row, one row a line, long values cut."""
+    rows = table.select(list(dict.fromkeys(columns))).to_pylist()
+    return ["  " + " | ".join(f"{name}={_cell(value)}" for name, value in row.items()) for row in rows]
+
+
+def shown_columns(run: PreparedRun) -> list[str]:
+    """The columns worth showing of an output row: its id, what was generated, and the error if there is one."""
+    config = run.config
+    carried = config.input.columns if config.input.columns is not None else run.plan.schema.names
+    shown = [config.input.id] if config.input.id in carried else carried[:1]
+    shown = [name for name in shown if name is not None]
+    return [*shown, config.output.column, *(["token_ids"] if config.output.token_ids else []), "error"]
+
+
+def _headline(finished: Finished) -> str:
+    whole, run = finished.whole, finished.run
+    progress = f"{whole.num_rows} of {run.plan.num_rows} rows are committed"
+    match finished.ending:
+        case Ending.DONE:
+            return f"done: {whole.num_rows} rows in {whole.num_shards} shards"
+        case Ending.SIGNAL:
+            return f"stopped by a signal: {progress}; the same command goes on from here"
+        case Ending.GRACE_OVER:
+            return f"stopped by a signal, running shards given up: {progress}; the same command goes on from here"
+        case Ending.TOKEN_BUDGET:
+            limit = run.config.limits.max_generated_tokens
+            return (
+                f"stopped at limits.max_generated_tokens={limit}: {progress}, {whole.num_generated_tokens} tokens; "
+                "raise the limit and run the same command to go on"
+            )
+        case Ending.TOO_MANY_FAILED:
+            limit_fraction = run.config.limits.max_failed_fraction
+            return f"stopped, more rows failed than limits.max_failed_fraction={limit_fraction} allows: {progress}"
+
+
+def _work_done(finished: Finished) -> list[str]:
+    done = finished.done
+    if not done.num_shards:
+        return []
+    speed = done.num_generated_tokens / finished.elapsed_s if finished.elapsed_s > 0 else 0.0
+    line = (
+        f"this run: {done.num_rows} rows in {done.num_shards} shards, {done.num_generated_tokens} tokens "
+        f"in {format_duration(finished.elapsed_s)} ({speed:,.0f} tokens/s)"
+    )
+    if done.accepted_length is not None:
+        line += f", accepted length {done.accepted_length:.2f}"
+    return [line]
+
+
+def _failures(run: PreparedRun, whole: Totals) -> list[str]:
+    if not whole.num_failed_rows:
+        return []
+    codes = ", ".join(f"{code} {count}" for code, count in whole.failures.most_common())
+    line = f"failed rows: {whole.num_failed_rows} ({100 * whole.failed_fraction:.1f} %): {codes}"
+    if whole.failed_fraction > run.config.limits.max_failed_fraction:
+        line += f"; more than limits.max_failed_fraction={run.config.limits.max_failed_fraction}"
+    if whole.num_retryable_rows:
+        line += f"; {whole.num_retryable_rows} may succeed with --retry-failed"
+    return [line]
+
+
+def _sample_rows(run: PreparedRun) -> list[str]:
+    from dspark_batch.batch.retry import committed_table
+
+    for shard in run.plan.shards:
+        entry = run.store.entry(shard.name)
+        if entry is not None and entry.stats.num_output_rows:
+            table = committed_table(entry, store=run.store.store).slice(0, NUM_SAMPLE_ROWS)
+            return [f"first rows of {entry.file}:", *format_rows(table, columns=_without_empty_error(run, table))]
+    return []
+
+
+def _without_empty_error(run: PreparedRun, table: pa.Table) -> list[str]:
+    columns = shown_columns(run)
+    return columns if table.column("error").null_count < table.num_rows else columns[:-1]
+
+
+def _cell(value: object) -> str:
+    is_plain = not isinstance(value, Mapping | list | str)
+    text = str(value) if is_plain else json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= MAX_CELL_CHARS else text[: MAX_CELL_CHARS - 1] + "…"

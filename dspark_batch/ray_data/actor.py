@@ -1,0 +1,78 @@
+"""The Ray actor that owns one engine and runs shards to their commit."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import pickle
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+import ray
+
+from dspark_batch.batch.executor import ShardExecutor, WorkerSpec
+from dspark_batch.errors import DSparkBatchError, EngineError
+
+if TYPE_CHECKING:
+    from dspark_batch.batch.manifest import ManifestEntry
+    from dspark_batch.batch.shards import Shard
+
+SHARD_COLUMN = "shard"
+ENTRY_COLUMN = "entry"
+ENTRY_SCHEMA = pa.schema([(ENTRY_COLUMN, pa.binary())])
+
+logger = logging.getLogger(__name__)
+
+
+class ShardActor:
+    """Callable class for ``map_batches`` with ``batch_size=1``: a shard descriptor in, its manifest entry out.
+
+    Rows are read, generated and committed here; none of them passes through the object store. Calls overlap, and the
+    rows of all shards in flight share one continuous batch. No row comes out for a shard that was not begun because
+    the run is stopping.
+
+    An engine fault ends this process, so that Ray starts another and gives it the shard again; every other error is
+    told to ``control`` for the driver to raise, and ends the job.
+    """
+
+    def __init__(self, spec: WorkerSpec, *, shards_in_flight: int, num_threads: int, control: Any) -> None:
+        self._control = control
+        if not ray.get(control.begin_worker.remote()):
+            raise EngineError("not started: the starts before came to nothing")
+        try:
+            self._executor = ShardExecutor(replace(spec, num_threads=num_threads))
+        except Exception as error:
+            ray.get(control.fail.remote(type(error).__name__, str(error)))
+            raise
+        self._threads = ThreadPoolExecutor(shards_in_flight, thread_name_prefix="dspark-batch-shard")
+
+    async def __call__(self, batch: pa.Table) -> pa.Table:
+        entries = [await self._run(pickle.loads(cell.as_py())) for cell in batch.column(SHARD_COLUMN)]
+        return pa.table([[pickle.dumps(entry) for entry in entries if entry is not None]], schema=ENTRY_SCHEMA)
+
+    async def _run(self, shard: Shard) -> ManifestEntry | None:
+        if not await self._control.begin_shard.remote():
+            return None
+        loop = asyncio.get_running_loop()
+        try:
+            entry = await loop.run_in_executor(self._threads, self._executor.run, shard)
+        except EngineError as error:
+            await self._end_process(error)
+            raise
+        except DSparkBatchError as error:
+            await self._control.fail.remote(type(error).__name__, str(error))
+            raise
+        except Exception as error:
+            await self._control.fail.remote("OutputError", f"shard {shard.name}: {type(error).__name__}: {error}")
+            raise
+        await self._control.note_commit.remote()
+        return entry
+
+    async def _end_process(self, error: EngineError) -> None:
+        """Ray retries a shard elsewhere only when the process of its actor dies; an exception would end the job."""
+        logger.error("the engine broke, its process ends and is replaced: %s", error)
+        await self._control.note_fault.remote(str(error))
+        os._exit(1)

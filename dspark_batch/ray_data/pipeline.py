@@ -1,0 +1,135 @@
+"""The Ray backend: shard descriptors are the dataset, manifest entries are what comes back."""
+
+from __future__ import annotations
+
+import pickle
+import queue
+import threading
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+import ray
+import ray.data
+from ray.data import ActorPoolStrategy, DataContext, Dataset
+
+from dspark_batch import errors
+from dspark_batch.batch.executor import WorkerSpec
+from dspark_batch.errors import DSparkBatchError, EngineError
+from dspark_batch.job.config import RaySection
+from dspark_batch.ray_data.actor import ENTRY_COLUMN, SHARD_COLUMN, ShardActor
+from dspark_batch.ray_data.cluster import ActorShare, actor_share
+from dspark_batch.ray_data.control import Failure, JobControl
+
+if TYPE_CHECKING:
+    from dspark_batch.batch.manifest import ManifestEntry
+    from dspark_batch.batch.shards import Shard
+
+TICK_S = 0.2
+
+
+class RayBackend:
+    """Runs shards on a fixed pool of actors. Ray must be initialised; see ``cluster.ray_session``."""
+
+    def __init__(self, spec: WorkerSpec, *, section: RaySection, device: str) -> None:
+        self._spec = spec
+        self._section = section
+        self._share = actor_share(section, device=device)
+        self._control = ray.remote(num_cpus=0)(JobControl).remote(num_actors=section.actors)
+
+    def run(self, shards: Sequence[Shard]) -> Iterator[ManifestEntry | None]:
+        """The entry of every shard once it is committed; None whenever a moment passed without one.
+
+        Raises the DSparkBatchError that ended an actor, in words of its own, or EngineError for what Ray reports.
+        """
+        records = _records(self._dataset(shards))
+        for record in records:
+            failure: Failure | None = ray.get(self._control.failure.remote())
+            if failure is not None:
+                raise _as_error(failure)
+            if isinstance(record, BaseException):
+                raise EngineError(f"Ray ended the run: {_root_message(record)}") from record
+            yield record
+
+    def stop(self) -> None:
+        """Begin no further shard. Those that run go on to their commit."""
+        ray.get(self._control.stop.remote())
+
+    def _dataset(self, shards: Sequence[Shard]) -> Dataset:
+        _configure(DataContext.get_current(), load_timeout_s=self._section.load_timeout_s)
+        items = [{SHARD_COLUMN: pickle.dumps(shard)} for shard in shards]
+        return shard_dataset(
+            ray.data.from_items(items, override_num_blocks=len(items)),
+            spec=self._spec,
+            section=self._section,
+            share=self._share,
+            control=self._control,
+        )
+
+
+def shard_dataset(
+    descriptors: Dataset, *, spec: WorkerSpec, section: RaySection, share: ActorShare, control: Any
+) -> Dataset:
+    """The lazy dataset of manifest entries for a dataset of shard descriptors, one per block."""
+    in_flight = section.shards_in_flight
+    return descriptors.map_batches(
+        ShardActor,
+        batch_size=1,
+        batch_format="pyarrow",
+        compute=ActorPoolStrategy(
+            size=section.actors, max_tasks_in_flight_per_actor=in_flight, max_concurrent_calls_per_actor=in_flight
+        ),
+        fn_constructor_args=(spec,),
+        fn_constructor_kwargs={
+            "shards_in_flight": in_flight,
+            "num_threads": share.num_threads,
+            "control": control,
+        },
+        num_cpus=share.num_cpus,
+        num_gpus=share.num_gpus,
+    )
+
+
+def _configure(context: DataContext, *, load_timeout_s: float) -> None:
+    context.enable_progress_bars = False
+    context.execution_no_progress_timeout_s = load_timeout_s
+
+
+def _records(dataset: Dataset) -> Iterator[ManifestEntry | BaseException | None]:
+    """Streams entries from a thread of its own, so that the caller gets control back every ``TICK_S``."""
+    arrived: queue.SimpleQueue[ManifestEntry | BaseException | None] = queue.SimpleQueue()
+
+    def consume() -> None:
+        try:
+            table: pa.Table
+            for table in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+                if ENTRY_COLUMN in table.column_names:
+                    for cell in table.column(ENTRY_COLUMN):
+                        arrived.put(pickle.loads(cell.as_py()))
+        except BaseException as error:
+            arrived.put(error)
+        else:
+            arrived.put(None)
+
+    threading.Thread(target=consume, name="dspark-batch-ray", daemon=True).start()
+    while True:
+        try:
+            record = arrived.get(timeout=TICK_S)
+        except queue.Empty:
+            yield None
+            continue
+        if record is None:
+            return
+        yield record
+
+
+def _as_error(failure: Failure) -> DSparkBatchError:
+    kind = getattr(errors, failure.kind, None)
+    if isinstance(kind, type) and issubclass(kind, DSparkBatchError) and not issubclass(kind, errors.ConfigError):
+        return kind(failure.message)
+    return EngineError(f"{failure.kind}: {failure.message}")
+
+
+def _root_message(error: BaseException) -> str:
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return lines[-1].strip() if lines else type(error).__name__

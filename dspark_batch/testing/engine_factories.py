@@ -1,0 +1,61 @@
+"""Engines for whole-pipeline tests, by name (``DSPARK_BATCH_ENGINE_FACTORY``) and set up by the environment."""
+
+from __future__ import annotations
+
+import os
+import time
+
+from dspark_batch.core import ErrorCode, Request, Result
+from dspark_batch.engine.config import EngineConfig
+from dspark_batch.errors import EngineError, ModelError
+from dspark_batch.testing.scripted_engine import ScriptedEngine
+
+STEP_DELAY_VARIABLE = "DSPARK_BATCH_TEST_STEP_DELAY_S"
+FAILURES_VARIABLE = "DSPARK_BATCH_TEST_FAILURES"
+FAULT_AFTER_VARIABLE = "DSPARK_BATCH_TEST_FAULT_AFTER"
+
+
+class SlowEngine(ScriptedEngine):
+    """A scripted engine whose every step takes ``step_delay_s``, so that a test can act in the middle of a run."""
+
+    def __init__(
+        self, *, step_delay_s: float, failures: dict[str, ErrorCode] | None = None, fault_after_rows: int | None = None
+    ) -> None:
+        super().__init__(failures=failures, fault_after_rows=fault_after_rows)
+        self._step_delay_s = step_delay_s
+
+    def step(self) -> list[tuple[int, Result]]:
+        time.sleep(self._step_delay_s)
+        return super().step()
+
+
+class RefusingEngine(ScriptedEngine):
+    """Fails a test in which rows reach an engine that should not be asked."""
+
+    def add(self, request: Request) -> int:
+        raise EngineError(f"request {request.id!r} reached an engine that must not be used")
+
+
+def scripted(config: EngineConfig) -> ScriptedEngine:
+    """A scripted engine.
+
+    ``DSPARK_BATCH_TEST_STEP_DELAY_S`` slows its steps, ``DSPARK_BATCH_TEST_FAILURES`` (``prompt=code;prompt=code``)
+    makes rows fail, ``DSPARK_BATCH_TEST_FAULT_AFTER`` breaks it after that many rows.
+    """
+    pairs = [pair.rsplit("=", 1) for pair in os.environ.get(FAILURES_VARIABLE, "").split(";") if pair]
+    fault_after = os.environ.get(FAULT_AFTER_VARIABLE)
+    return SlowEngine(
+        step_delay_s=float(os.environ.get(STEP_DELAY_VARIABLE, "0")),
+        failures={prompt: ErrorCode(code) for prompt, code in pairs},
+        fault_after_rows=None if fault_after is None else int(fault_after),
+    )
+
+
+def refusing(config: EngineConfig) -> RefusingEngine:
+    """An engine that takes no row."""
+    return RefusingEngine()
+
+
+def missing(config: EngineConfig) -> ScriptedEngine:
+    """Stands for a model that cannot be loaded."""
+    raise ModelError(f"model {config.target!r}: no such checkpoint (scripted)")
