@@ -7,7 +7,6 @@ from torch import Tensor
 from torch.nn import functional
 
 from dspark_batch.models.attention.native import native_rows
-from dspark_batch.models.decoder import check_taps
 from dspark_batch.models.families import DecoderSpec
 from dspark_batch.models.kernels.decoder import NativeLayer, NativeLayers, NativeShape
 from dspark_batch.models.kernels.library import Kernels, load_kernels, supports
@@ -62,7 +61,7 @@ class NativeDecoder:
 
     def forward(self, batch: ForwardBatch) -> ForwardOutput:
         """Write every token's keys and values; give hidden states at ``logit_index`` and the tapped features."""
-        check_taps(batch.taps, self.spec.num_layers - 1)
+        assert all(-1 <= tap < self.spec.num_layers for tap in batch.taps), f"taps {batch.taps} name no layer"
         rows = native_rows(batch, self._kv)
         x = functional.embedding(batch.token_ids, self._embedding)
         hidden, features = self._layers.forward(x, rows, batch.logit_index.contiguous(), taps=batch.taps)
@@ -80,10 +79,7 @@ class NativeDecoder:
 def native_decoder(spec: DecoderSpec, *, weights: DecoderWeights, kv: KVCache, rope: RopeTable) -> NativeDecoder | None:
     """None where the kernels cannot be had or do not know the device, the dtype or a width of the model."""
     q_width = spec.num_heads * spec.head_dim
-    multiples_of_32 = (spec.hidden_size, spec.intermediate_size, q_width)
-    if any(width % 32 for width in multiples_of_32):
-        return None
-    widths = (*multiples_of_32, spec.num_kv_heads * spec.head_dim)
+    widths = (spec.hidden_size, spec.intermediate_size, q_width)
     if not supports(dtype=kv.k.dtype, device=kv.k.device, widths=widths, head_dim=spec.head_dim):
         return None
     kernels = load_kernels()

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from dspark_batch.models.attention.base import AttentionBackend, AttentionContext
 
-BACKENDS = ("reference", "cpu", "cuda")
+BACKENDS = ("reference", "cpu", "native", "cuda")
 
 
 def select_backend(context: AttentionContext, *, name: str | None = None) -> AttentionBackend[Any]:
@@ -21,6 +21,14 @@ def select_backend(context: AttentionContext, *, name: str | None = None) -> Att
         from dspark_batch.models.attention.cpu import CpuAttention
 
         return CpuAttention(context)
+    if name == "native":
+        from dspark_batch.models.attention.native import NativeAttention
+        from dspark_batch.models.kernels.library import load_kernels
+
+        kernels = load_kernels()
+        if kernels is None:
+            raise ValueError("the native attention backend needs the compiled kernels, which cannot be had here")
+        return NativeAttention(context, kernels)
     if name == "cuda":
         from dspark_batch.models.attention.cuda import CudaAttention
 

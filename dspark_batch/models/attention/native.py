@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeAlias
 
 from torch import Tensor
 
@@ -11,7 +12,7 @@ from dspark_batch.models.kernels.library import AttentionPlan, Kernels, attend
 from dspark_batch.models.kv_cache import KVCache
 from dspark_batch.tensors import ForwardBatch
 
-type NativeRow = tuple[int, int, int, int, int]
+NativeRow: TypeAlias = tuple[int, int, int, int, int]
 """num_tokens, kv_len, own_start, prefix_start, prefix_len"""
 
 

@@ -29,16 +29,23 @@ inline void pack_tile(const T* weight, const int64_t* order, int64_t tile, int64
   alignas(64) static const uint32_t zeros[LANES] = {};
   out += tile * TILE_N * cells;
   for (int half = 0; half < 2; half++) {
+    uint32_t* to = reinterpret_cast<uint32_t*>(out) + half * LANES;
     const uint32_t* row[LANES];
     for (int i = 0; i < LANES; i++) {
       int64_t at = tile * TILE_N + half * LANES + i;
       row[i] = at < n ? reinterpret_cast<const uint32_t*>(weight + order[at] * k) : nullptr;
     }
-    for (int64_t c = 0; c < cells; c += LANES) {
+    int64_t c = 0;
+    for (; c + LANES <= cells; c += LANES) {
       const uint32_t* from[LANES];
       for (int i = 0; i < LANES; i++) from[i] = row[i] ? row[i] + c : zeros;
-      transpose16(from, reinterpret_cast<uint32_t*>(out) + c * TILE_N + half * LANES, TILE_N);
+      transpose16(from, to + c * TILE_N, TILE_N);
     }
+    for (; c < cells; c++)
+      for (int i = 0; i < LANES; i++) {
+        to[c * TILE_N + i] = 0;
+        if (row[i]) std::memcpy(to + c * TILE_N + i, row[i] + c, 4);
+      }
   }
 }
 

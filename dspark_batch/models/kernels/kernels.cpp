@@ -3,6 +3,7 @@
 #include "parallel.hpp"
 #include "plan.hpp"
 #include "rows.hpp"
+#include "step.hpp"
 
 using namespace ds;
 
@@ -30,21 +31,10 @@ const T* as(const void* p) {
 
 template <class T>
 void attend(const Plan& plan, T* qkv, const Rope& rope, const T* q_norm, const T* k_norm, T* k, T* v, T* out) {
-  const Shape& s = plan.shape;
-  const int tokens = plan.num_tokens, items = int(plan.items.size());
-  Attend<T> a{plan, qkv, k, v, out, scratch<1>(size_t(plan.num_partials) * plan.partial_stride())};
-  Counter rotated, done, combined;
-  const bool threads = plan.work * s.head_dim > 8 * SMALL;
-#pragma omp parallel if (threads)
-  {
-    share(rotated, tokens, [&](int t) { rotate_and_store(plan, t, qkv, rope, q_norm, k_norm, k, v); });
-#pragma omp barrier
-    share(done, items, [&](int i) { a.run(plan.items[i]); });
-    if (plan.num_partials) {
-#pragma omp barrier
-      share(combined, tokens, [&](int t) { a.combine(t); });
-    }
-  }
+  float* partials = scratch<1>(size_t(plan.num_partials) * plan.partial_stride());
+  AttentionPhase<T> phase{{plan, qkv, k, v, out, partials}, rope, qkv, k, v};
+  run_team(plan.work * plan.shape.head_dim > 8 * SMALL, phase.NUM_PHASES,
+           [&](Team& team) { phase.run(team, q_norm, k_norm); });
 }
 
 template <class T>
@@ -57,7 +47,7 @@ void linear(const Linear<T>& w, const T* x, int64_t m, void* y, int64_t ldy, Epi
 
 extern "C" {
 
-int ds_abi() { return 1; }
+int ds_abi() { return 2; }
 
 int ds_has_bf16_dot() {
 #ifdef DSPARK_DPBF16
@@ -119,6 +109,10 @@ void ds_pack(int is_bf16, const void* weight, const int64_t* order, int64_t n, i
 void ds_linear(int is_bf16, const float* packed, const void* bias, int64_t n, int64_t k, const void* x, int64_t m,
                void* y, int64_t ldy, int32_t epilogue) {
   DS_DISPATCH(is_bf16, linear<T>({packed, as<T>(bias), n, k}, as<T>(x), m, y, ldy, Epilogue(epilogue)));
+}
+
+void ds_step(int is_bf16, const ModelArgs* model, const StepArgs* step) {
+  DS_DISPATCH(is_bf16, Step<T>(*model, *step).run());
 }
 
 }  // extern "C"

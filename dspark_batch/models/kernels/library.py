@@ -16,7 +16,7 @@ from dspark_batch.models.kernels.build import SWITCH_VARIABLE, BuildError, build
 
 logger = logging.getLogger(__name__)
 
-ABI = 1
+ABI = 2
 DTYPES = (torch.bfloat16, torch.float32)
 _LANES = 16
 MAX_HEAD_DIM = 256
@@ -34,6 +34,7 @@ _SIGNATURES: dict[str, tuple[type | None, tuple[type, ...]]] = {
     "ds_silu_mul": (None, (_I, _P, _P, _L, _L)),
     "ds_argmax": (None, (_I, _P, _L, _L, _P, _P)),
     "ds_pack": (None, (_I, _P, _P, _L, _L, _P)),
+    "ds_step": (None, (_I, _P, _P)),
     "ds_linear": (None, (_I, _P, _P, _L, _L, _P, _L, _P, _L, _I)),
 }
 

@@ -26,7 +26,7 @@ class Epilogue(IntEnum):
 
 
 class PackedLinear:
-    """``x @ weight.T + bias`` for x [M, in] and weight [out, in], both of one dtype, in % 32 == 0.
+    """``x @ weight.T + bias`` for x [M, in] and weight [out, in], both of one dtype, in % 16 == 0.
 
     A row of the result depends on that row of ``x`` alone, bit for bit: not on M, nor on the number of threads.
     ``gated``: the weight holds gates, then values, and calls give silu(gate) * value, [M, out / 2].
@@ -35,7 +35,7 @@ class PackedLinear:
     __slots__ = ("bias", "gated", "in_features", "is_bf16", "kernels", "out_features", "weight")
 
     def __init__(self, kernels: Kernels, weight: Tensor, bias: Tensor | None = None, *, gated: bool = False) -> None:
-        assert weight.shape[1] % 32 == 0, f"{weight.shape[1]} inputs: the kernels need a multiple of 32"
+        assert weight.shape[1] % 16 == 0, f"{weight.shape[1]} inputs: the kernels need a multiple of 16"
         self.kernels, self.gated, self.bias = kernels, gated, None
         self.out_features, self.in_features = weight.shape
         self.is_bf16 = int(weight.dtype == torch.bfloat16)
@@ -66,6 +66,14 @@ class PackedLinear:
         out = torch.empty((x.shape[0], width), dtype=dtype or x.dtype)
         self._run(x, out, epilogue)
         return out
+
+    def plain(self, x: Tensor) -> Tensor:
+        """[M, in] -> [M, out] also where the product is gated: gates, then values."""
+        out = torch.empty((x.shape[0], self.out_features), dtype=x.dtype)
+        self._run(x.contiguous(), out, Epilogue.STORE)
+        if not self.gated:
+            return out
+        return out.view(x.shape[0], -1, 2, TILE_OUTPUTS // 2).transpose(1, 2).reshape(x.shape[0], -1)
 
     def add_to(self, x: Tensor, out: Tensor) -> None:
         """out += product, both rounded to the model's dtype first. out: [M, out]."""
