@@ -43,6 +43,7 @@ class _Tally:
     num_accepted_tokens: int = 0
     num_emitted_tokens: int = 0
     num_finished: int = 0
+    logits_s: float = 0.0
 
 
 class StepRunner:
@@ -88,7 +89,8 @@ class StepRunner:
         self._advance(parts, output.features)
         commit_until = perf_counter()
         num_verify = sum(len(p.draft) + 1 for p in parts[: len(decoding)])
-        forward_s, sample_s = sample_from - forward_from, commit_until - sample_from
+        forward_s = sample_from - forward_from + tally.logits_s
+        sample_s = commit_until - sample_from - tally.logits_s
         return StepRecord(
             num_rows=len(decoding),
             num_prefill_tokens=len(token_ids) - num_verify,
@@ -183,7 +185,9 @@ class StepRunner:
                     break
                 num_positions += more
                 last += 1
+            started = perf_counter()
             logits = self._target.logits(hidden[flat : flat + num_positions])
+            tally.logits_s += perf_counter() - started
             self._decide_some(parts[first:last], logits, tally)
             first, flat = last, flat + num_positions
         return tally

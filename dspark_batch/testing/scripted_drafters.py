@@ -1,0 +1,96 @@
+"""Drafters with known behaviour: always wrong in odd ways, always right, or watching what the engine tells them."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor
+
+from dspark_batch.drafters.base import DraftRow
+from dspark_batch.tensors import DraftBlock
+
+
+class ScriptedDrafter:
+    """Base: checks the engine's side of the protocol (calls in order, committed lengths, features of accepted tokens).
+
+    The features must be those of ``ScriptedTarget``: position and token of every committed position, each once.
+    """
+
+    name = "scripted"
+
+    def __init__(self, *, max_draft_tokens: int, taps: tuple[int, ...] = ()) -> None:
+        self.max_draft_tokens = max_draft_tokens
+        self.taps = taps
+        self.num_finished = 0
+        self._committed: dict[int, int] = {}
+
+    def add(self, row: DraftRow) -> None:
+        assert row.handle not in self._committed, "a row is added once"
+        self._committed[row.handle] = 0
+
+    def propose(self, rows: Sequence[DraftRow], max_tokens: Sequence[int]) -> DraftBlock:
+        for row in rows:
+            if self.taps:
+                assert self._committed[row.handle] == len(row.token_ids) - 1, "invariant 5: same committed length"
+        drafts = [self.draft(row, limit) for row, limit in zip(rows, max_tokens, strict=True)]
+        return DraftBlock(token_ids=drafts)
+
+    def draft(self, row: DraftRow, limit: int) -> list[int]:
+        raise NotImplementedError
+
+    def observe(self, row: DraftRow, features: Tensor | None, start: int) -> None:
+        if features is None:
+            assert not self.taps, "a drafter with taps gets features"
+            return
+        assert start == self._committed[row.handle], "features arrive in order, without gaps"
+        for offset, (position, token) in enumerate(features[:, :2].tolist()):
+            assert position == start + offset, "a token's position is its index in its row"
+            assert token == row.token_ids[start + offset], "features of accepted tokens only"
+        self._committed[row.handle] = start + len(features)
+
+    def remove(self, row: DraftRow, *, finished: bool) -> None:
+        del self._committed[row.handle]
+        self.num_finished += finished
+
+    def check_integrity(self) -> None:
+        assert all(length >= 0 for length in self._committed.values())
+
+
+class RandomDrafter(ScriptedDrafter):
+    """Drafts of random length and content; with a small vocabulary some of it is right by chance."""
+
+    name = "random"
+
+    def __init__(self, *, vocab_size: int, max_draft_tokens: int, seed: int = 0, taps: tuple[int, ...] = ()) -> None:
+        super().__init__(max_draft_tokens=max_draft_tokens, taps=taps)
+        self._random = random.Random(seed)
+        self._vocab_size = vocab_size
+
+    def draft(self, row: DraftRow, limit: int) -> list[int]:
+        return [self._random.randrange(self._vocab_size) for _ in range(self._random.randint(0, limit))]
+
+
+class OracleDrafter(ScriptedDrafter):
+    """Knows every row's whole text by its noise key, and errs with probability ``error_rate`` per token."""
+
+    name = "oracle"
+
+    def __init__(
+        self,
+        texts: Mapping[int, Sequence[int]],
+        *,
+        max_draft_tokens: int,
+        error_rate: float = 0.0,
+        seed: int = 0,
+        taps: tuple[int, ...] = (),
+    ) -> None:
+        super().__init__(max_draft_tokens=max_draft_tokens, taps=taps)
+        self._texts = texts
+        self._error_rate = error_rate
+        self._random = random.Random(seed)
+
+    def draft(self, row: DraftRow, limit: int) -> list[int]:
+        known = self._texts[row.noise_key][len(row.token_ids) :][:limit]
+        padded = [*known, *[0] * (limit - len(known))]
+        return [0 if self._random.random() < self._error_rate else token for token in padded]
