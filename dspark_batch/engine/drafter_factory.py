@@ -10,6 +10,7 @@ from dspark_batch.drafters.ngram import DEFAULT_DRAFT_TOKENS, NgramDrafter
 from dspark_batch.drafters.none import NoDrafter
 from dspark_batch.engine.config import EngineConfig
 from dspark_batch.errors import ConfigError, Problem
+from dspark_batch.sampling.streams import rejection_uniforms
 from dspark_batch.tensors import Target
 from dspark_batch.verification.base import Verifier
 from dspark_batch.verification.coupled import CoupledVerifier
@@ -53,7 +54,7 @@ def make_verifier(config: EngineConfig) -> Verifier:
     if config.verification == "coupled":
         return CoupledVerifier()
     found = _load(*_VERIFIERS[config.verification], field="engine.verification", value=config.verification)
-    return cast(Verifier, found())
+    return cast(Verifier, found(rejection_uniforms))
 
 
 def _load(module: str, name: str, *, field: str, value: str) -> Any:

@@ -264,7 +264,8 @@ def _verify_row(row: RowState, part: _Part) -> VerifyRow:
         noise_key=row.draft_row.noise_key,
         request_id=row.request.id,
         sample=row.sample,
-        round_index=row.num_rounds,
+        # The first token, drawn from the prefill, takes round 0; num_rounds counts from the round after it.
+        round_index=row.num_rounds + bool(row.num_output),
         draft=part.draft,
         draft_probs=probs[: len(part.draft)] if probs is not None else None,
     )
