@@ -54,6 +54,7 @@ class RunStore:
         self.run_id = run_id or uuid.uuid4().hex[:12]
         self.path = output_path
         self._fingerprint: str | None = None
+        self._versions = versions()
 
     def open(self, fields: Mapping[str, object], *, mode: OutputMode) -> None:
         """Take the folder for a run with these fingerprint fields.
@@ -104,7 +105,7 @@ class RunStore:
             size_bytes=len(data),
             sha256=hashlib.sha256(data).hexdigest(),
             stats=result.stats,
-            versions=versions(),
+            versions=self._versions,
             finished_at=datetime.now(UTC).isoformat(timespec="milliseconds"),
         )
         for _ in range(MAX_COMMIT_ATTEMPTS):
