@@ -27,7 +27,6 @@ from dspark_batch.provenance import fingerprint, versions
 
 META = "_dspark"
 FINGERPRINT = f"{META}/fingerprint.json"
-PLAN = f"{META}/plan.json"
 MANIFEST = f"{META}/manifest"
 STAGING = f"{META}/staging"
 SUCCESS = "_SUCCESS"

@@ -52,9 +52,13 @@ class Store:
 
     def write(self, name: str, data: bytes, *, staging: str) -> None:
         """Write the file so that it is whole or absent under ``name``: staged under another name, fsynced, renamed."""
+
+        def stage_and_move() -> None:
+            self._write(staging, data)
+            self._move(staging, name)
+
         try:
-            self._try(lambda: self._write(staging, data), doing="write", name=staging)
-            self._try(lambda: self._move(staging, name), doing="rename to", name=name)
+            self._try(stage_and_move, doing="write", name=name)
         except FileNotFoundError as error:
             raise OutputError(f"cannot write {self._path(name)}: {error}; did another run remove it?") from error
 

@@ -56,11 +56,22 @@ def config(make_config, tmp_path: Path) -> JobConfig:
     return make_config(shards={"rows": 10}, sampling={"temperature": 1.0}, output={"path": str(tmp_path / "out")})
 
 
-@pytest.fixture
-def undisturbed(config: JobConfig, tmp_path: Path) -> pa.Table:
-    aside = config.model_copy(update={"output": config.output.model_copy(update={"path": str(tmp_path / "aside")})})
-    run(aside, store=Store(aside.output.path), engine=ScriptedEngine())
-    return read_output(aside.output.path)
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> pa.Table:
+    """The output of a run over equal files elsewhere, in which nothing went wrong."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    write_input(folder / "in")
+    config = JobConfig.model_validate(
+        {
+            "input": {"path": str(folder / "in")},
+            "prompt": {"template": "Summarise: {{ text }}"},
+            "output": {"path": str(folder / "out"), "column": "summary"},
+            "sampling": {"temperature": 1.0},
+            "shards": {"rows": 50},
+        }
+    )
+    run(config, store=Store(config.output.path), engine=ScriptedEngine(max_concurrency=2))
+    return read_output(config.output.path)
 
 
 @pytest.mark.parametrize("fail_at", range(1, 20))
