@@ -39,7 +39,10 @@ class AttentionBackend(Protocol[PlanT]):
         ...
 
     def attend(self, layer: int, qkv: Tensor, plan: PlanT) -> Tensor:
-        """[T, (Hq + 2 Hkv) * D] -> [T, Hq * D]; writes the tokens' keys and values into the pool."""
+        """[T, (Hq + 2 Hkv) * D] -> [T, Hq * D]; writes the tokens' keys and values into the pool.
+
+        ``qkv`` may be overwritten.
+        """
         ...
 
 

@@ -10,13 +10,21 @@ from hypothesis import strategies as st
 from dspark_batch.models.attention import BACKENDS, select_backend
 from dspark_batch.models.attention.base import AttentionContext
 from dspark_batch.models.families import DecoderSpec, decoder_spec
+from dspark_batch.models.kernels.library import load_kernels
 from dspark_batch.models.kv_cache import KVCache
 from dspark_batch.models.rope import rope_table
 from dspark_batch.tensors import ForwardBatch, RowSlice
 
 FAST = [name for name in BACKENDS if name != "reference"]
+HEAD_DIMS = {"native": (16, 32, 80)}
+"""The native kernels only know multiples of their vector width."""
 PRIMES = (2, 3, 5, 7, 11, 13, 17, 23, 29, 37)
 CPU = torch.device("cpu")
+
+
+def need(backend: str) -> None:
+    if backend == "native" and load_kernels() is None:
+        pytest.skip("no compiled kernels here")
 
 
 def make_spec(*, num_heads: int, num_kv_heads: int, head_dim: int, window: int | None) -> DecoderSpec:
@@ -83,7 +91,7 @@ class Scene:
         context = AttentionContext(spec=spec, kv=self.kv, rope=rope, q_norms=norms, k_norms=norms)
         attention = select_backend(context, name=backend)
         plan = attention.plan(self.batch)
-        outputs = [attention.attend(layer, self.qkv[layer], plan) for layer in range(spec.num_layers)]
+        outputs = [attention.attend(layer, self.qkv[layer].clone(), plan) for layer in range(spec.num_layers)]
         return torch.stack(outputs), self.kv.k.clone(), self.kv.v.clone()
 
     def _reserve(self, num_tokens: int, prefix_len: int, prefix: int | None = None) -> int:
@@ -99,13 +107,13 @@ class Scene:
 
 
 @pytest.mark.parametrize("backend", FAST)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(
     rows=st.lists(
         st.tuples(st.sampled_from((0, *PRIMES)), st.sampled_from((1, 1, 1, *PRIMES))), min_size=1, max_size=7
     ),
     heads=st.sampled_from([(1, 1), (6, 2), (4, 4), (9, 3)]),
-    head_dim=st.sampled_from([2, 8, 20]),
+    size=st.integers(0, 2),
     window=st.sampled_from([None, 1, 7, 31]),
     shared=st.sampled_from([None, 3, 11]),
     head_norms=st.booleans(),
@@ -114,11 +122,13 @@ def test_every_backend_agrees_with_the_oracle(
     backend: str,
     rows: list[tuple[int, int]],
     heads: tuple[int, int],
-    head_dim: int,
+    size: int,
     window: int | None,
     shared: int | None,
     head_norms: bool,
 ) -> None:
+    need(backend)
+    head_dim = HEAD_DIMS.get(backend, (2, 8, 20))[size]
     spec = make_spec(num_heads=heads[0], num_kv_heads=heads[1], head_dim=head_dim, window=window)
     scene = Scene(spec, rows, shared=shared, dtype=torch.float32)
     expected = scene.run("reference", head_norms=head_norms)
@@ -130,6 +140,7 @@ def test_every_backend_agrees_with_the_oracle(
 
 @pytest.mark.parametrize("backend", FAST)
 def test_bfloat16_agrees_with_the_oracle_within_its_rounding(backend: str) -> None:
+    need(backend)
     spec = make_spec(num_heads=9, num_kv_heads=3, head_dim=64, window=None)
     scene = Scene(spec, [(37, 1), (101, 5), (0, 89), (13, 23)], dtype=torch.bfloat16)
     expected, got = scene.run("reference")[0], scene.run(backend)[0]
@@ -138,7 +149,8 @@ def test_bfloat16_agrees_with_the_oracle_within_its_rounding(backend: str) -> No
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_long_prompt_chunk_agrees_with_feeding_it_whole(backend: str) -> None:
-    spec = make_spec(num_heads=2, num_kv_heads=1, head_dim=4, window=None)
+    need(backend)
+    spec = make_spec(num_heads=2, num_kv_heads=1, head_dim=16, window=None)
     scene = Scene(spec, [(0, 97)], dtype=torch.float32)
     whole = scene.run(backend)[0]
     slot = scene.batch.slices[0].slot
