@@ -103,6 +103,17 @@ inline Span<T> span_of(const T* head, const Row& r, int dim, int k0, int count) 
   return {{head + (int64_t(r.prefix_start) + k0) * dim, head + own * dim}, {before, count - before}};
 }
 
+// Keys and values of the item to come. They are asked for while this one is computed: a chunk is too short for the CPU
+// to see a stream in it, and too long to wait for.
+struct Ahead {
+  const char *keys, *values;
+  int count;  // rows
+};
+
+inline void fetch(const char* p, size_t num_bytes) {
+  for (size_t b = 0; b < num_bytes; b += 64) __builtin_prefetch(p + b, 0, 2);
+}
+
 // out [blocks][dim cells][PACK_KEYS] cells; keys past `count` are zero.
 template <class T>
 inline void pack_keys(const Span<T>& keys, int count, int dim, float* out) {
@@ -137,9 +148,10 @@ struct Query {
 };
 
 template <class T, int NQ>
-inline void score_block(const Query<T>* qs, const float* block, int cells, float scale, float* s) {
+inline void score_block(const Query<T>* qs, const float* block, int cells, float scale, const char* ahead, float* s) {
   vf acc[NQ][2] = {};
   for (int c = 0; c < cells; c++) {
+    if (ahead) fetch(ahead + c * PACK_KEYS * 4, PACK_KEYS * 4);
     vf k0 = load(block + c * PACK_KEYS), k1 = load(block + c * PACK_KEYS + LANES);
     for (int i = 0; i < NQ; i++) {
       vf x = broadcast_cell(qs[i].q + c * per_cell<T>);
@@ -155,13 +167,15 @@ inline void score_block(const Query<T>* qs, const float* block, int cells, float
 
 // Sums of p over NV vectors of every value in [k0, k1).
 template <class T, int NQ, int NV>
-inline void value_block(const Query<T>* qs, const Span<T>& values, int dim, int at, int k0, int k1, const float* p) {
+inline void value_block(const Query<T>* qs, const Span<T>& values, int dim, int at, int k0, int k1, const float* p,
+                        const Ahead* ahead) {
   vf acc[NQ][NV] = {};
   for (int part = 0; part < 2; part++) {
     int first = part ? values.count[0] : 0, last = part ? values.count[0] + values.count[1] : values.count[0];
     int from = k0 > first ? k0 : first, to = k1 < last ? k1 : last;
     for (int k = from; k < to; k++) {
       const T* v = values.base[part] + int64_t(k - first) * dim + at;
+      if (ahead && k < ahead->count) fetch(ahead->values + (int64_t(k) * dim + at) * sizeof(T), NV * LANES * sizeof(T));
       vf x[NV];
       for (int j = 0; j < NV; j++) x[j] = load(v + j * LANES);
       for (int i = 0; i < NQ; i++) {
@@ -203,7 +217,8 @@ inline void exponentials(const Query<T>& q, int k0, int k1, float* s) {
 }
 
 template <class T, int NQ>
-void chunk_tile(const Query<T>* qs, const float* keys, const Span<T>& values, int dim, float scale, float* s) {
+void chunk_tile(const Query<T>* qs, const float* keys, const Span<T>& values, int dim, float scale, const Ahead* ahead,
+                float* s) {
   int lo = CHUNK_KEYS, hi = 0, cells = dim / per_cell<T>;
   for (int i = 0; i < NQ; i++) {
     if (qs[i].lo >= qs[i].hi) continue;
@@ -212,26 +227,30 @@ void chunk_tile(const Query<T>* qs, const float* keys, const Span<T>& values, in
   }
   if (lo >= hi) lo = hi = 0;
   int from = lo / PACK_KEYS * PACK_KEYS, to = (hi + PACK_KEYS - 1) / PACK_KEYS * PACK_KEYS;
-  for (int k = from; k < to; k += PACK_KEYS)
-    score_block<T, NQ>(qs, keys + int64_t(k) * cells, cells, scale, s + k);
+  for (int k = from; k < to; k += PACK_KEYS) {
+    const char* rows = ahead && k < ahead->count ? ahead->keys + int64_t(k) * dim * sizeof(T) : nullptr;
+    score_block<T, NQ>(qs, keys + int64_t(k) * cells, cells, scale, rows, s + k);
+  }
   for (int i = 0; i < NQ; i++) exponentials(qs[i], from, to, s + i * CHUNK_KEYS);
   int at = 0;
-  for (; at + 64 <= dim; at += 64) value_block<T, NQ, 4>(qs, values, dim, at, lo, hi, s);
-  for (; at + 32 <= dim; at += 32) value_block<T, NQ, 2>(qs, values, dim, at, lo, hi, s);
-  for (; at < dim; at += 16) value_block<T, NQ, 1>(qs, values, dim, at, lo, hi, s);
+  for (; at + 64 <= dim; at += 64) value_block<T, NQ, 4>(qs, values, dim, at, lo, hi, s, ahead);
+  for (; at + 32 <= dim; at += 32) value_block<T, NQ, 2>(qs, values, dim, at, lo, hi, s, ahead);
+  for (; at < dim; at += 16) value_block<T, NQ, 1>(qs, values, dim, at, lo, hi, s, ahead);
 }
 
 template <class T>
-void chunk_attend(const Query<T>* qs, int num, const float* keys, const Span<T>& values, int dim, float scale) {
+void chunk_attend(const Query<T>* qs, int num, const float* keys, const Span<T>& values, int dim, float scale,
+                  const Ahead* ahead) {
   alignas(64) float s[QUERY_TILE * CHUNK_KEYS];
   int i = 0;
-  for (; i + QUERY_TILE <= num; i += QUERY_TILE) chunk_tile<T, QUERY_TILE>(qs + i, keys, values, dim, scale, s);
+  for (; i + QUERY_TILE <= num; i += QUERY_TILE, ahead = nullptr)
+    chunk_tile<T, QUERY_TILE>(qs + i, keys, values, dim, scale, ahead, s);
   switch (num - i) {
-    case 5: return chunk_tile<T, 5>(qs + i, keys, values, dim, scale, s);
-    case 4: return chunk_tile<T, 4>(qs + i, keys, values, dim, scale, s);
-    case 3: return chunk_tile<T, 3>(qs + i, keys, values, dim, scale, s);
-    case 2: return chunk_tile<T, 2>(qs + i, keys, values, dim, scale, s);
-    case 1: return chunk_tile<T, 1>(qs + i, keys, values, dim, scale, s);
+    case 5: return chunk_tile<T, 5>(qs + i, keys, values, dim, scale, ahead, s);
+    case 4: return chunk_tile<T, 4>(qs + i, keys, values, dim, scale, ahead, s);
+    case 3: return chunk_tile<T, 3>(qs + i, keys, values, dim, scale, ahead, s);
+    case 2: return chunk_tile<T, 2>(qs + i, keys, values, dim, scale, ahead, s);
+    case 1: return chunk_tile<T, 1>(qs + i, keys, values, dim, scale, ahead, s);
     default: return;
   }
 }
@@ -292,11 +311,21 @@ struct Attend {
     if (q.hi < 0) q.hi = 0;
   }
 
-  void run(const Item& item) const {
+  Ahead ahead_of(const Item& item) const {
+    const Row& r = plan.rows[plan.order[item.row]];
+    const int k0 = item.chunk0 * CHUNK_KEYS, dim = plan.shape.head_dim, left = r.kv_len - k0;
+    const int count = left < 0 ? 0 : left < CHUNK_KEYS ? left : CHUNK_KEYS;
+    return {reinterpret_cast<const char*>(span_of(head(k, item.kv_head), r, dim, k0, count).at(0, dim)),
+            reinterpret_cast<const char*>(span_of(head(v, item.kv_head), r, dim, k0, count).at(0, dim)), count};
+  }
+
+  // next: what this thread will probably run afterwards, or null.
+  void run(const Item& item, const Item* next) const {
     const int dim = plan.shape.head_dim, group = plan.group(), stride = plan.partial_stride();
     int count = 0;
     for (int i = 0; i < item.num_rows; i++) count += plan.rows[plan.order[item.row + i]].num_tokens * group;
     if (!item.split) count = item.num_tokens * group;
+    const Ahead ahead = next ? ahead_of(*next) : Ahead{};
     static thread_local std::vector<Query<T>> qs;
     qs.resize(count);
     float* keys = scratch<0>(CHUNK_KEYS * dim + size_t(item.split ? 0 : 2 * count * stride));
@@ -320,8 +349,10 @@ struct Attend {
           }
       }
       const Row& r = plan.rows[plan.order[item.row]];
+      Span<T> values = span_of(head(v, item.kv_head), r, dim, k0, last);
       pack_keys(span_of(head(k, item.kv_head), r, dim, k0, last), last, dim, keys);
-      chunk_attend(qs.data(), n, keys, span_of(head(v, item.kv_head), r, dim, k0, last), dim, plan.shape.scale);
+      const bool is_last = chunk + 1 == item.chunk0 + item.num_chunks;
+      chunk_attend(qs.data(), n, keys, values, dim, plan.shape.scale, next && is_last ? &ahead : nullptr);
       if (!item.split)
         for (int i = 0; i < n; i++) fold(totals + i * stride, qs[i].partial, dim);
     }

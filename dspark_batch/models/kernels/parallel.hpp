@@ -64,6 +64,7 @@ class Team {
   }
 
   bool leads() const { return id_ == 0; }
+  int size() const { return size_; }
 
  private:
   Counter* phase() { return counters_ + size_t(phase_++) * size_; }

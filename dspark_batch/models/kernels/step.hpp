@@ -18,7 +18,8 @@ struct AttentionPhase {
     const Plan& plan = a.plan;
     team.share_ranges(plan.num_tokens, [&](int t) { rotate_and_store(plan, t, qkv, rope, q_norm, k_norm, k, v); });
     team.barrier();
-    team.share(int(plan.items.size()), [&](int i) { a.run(plan.items[i]); });
+    const int num = int(plan.items.size()), ahead = team.size();
+    team.share(num, [&](int i) { a.run(plan.items[i], i + ahead < num ? &plan.items[i + ahead] : nullptr); });
     if (!plan.num_partials) return;
     team.barrier();
     team.share_ranges(plan.num_tokens, [&](int t) { a.combine(t); });
