@@ -19,7 +19,7 @@ class SparkSection(BaseModel):
         description="worker: one engine per Python worker; sidecar: one per executor, in a process of its own; "
         "auto: sidecar where tasks are given GPUs, else worker",
     )
-    rows_per_chunk: int = Field(default=128, ge=1, description="most rows that go to the engine, and come out, as one")
+    rows_per_chunk: int = Field(default=64, ge=1, description="most rows that go to the engine, and come out, as one")
     on_speculation: Literal["warn", "refuse", "ignore"] = Field(
         default="warn", description="what to do under spark.speculation=true, which generates rows of slow tasks twice"
     )

@@ -1,0 +1,102 @@
+"""A scripted engine that notes its loads and rows in files, so that tests can count them across processes.
+
+``EngineConfig.target`` is a folder. ``options.json`` in it may hold ``step_delay_s``, ``max_concurrency`` and
+``die_once_after_rows``; ``loads.jsonl`` and ``rows.txt`` are written.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dspark_batch.core import Request, Result
+from dspark_batch.engine.config import EngineConfig
+from dspark_batch.testing.scripted_engine import ScriptedEngine, prompt_text
+
+FACTORY = "dspark_batch.testing.counting_engine:counting"
+NOTED_VARIABLES = ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")
+
+
+@dataclass(frozen=True, slots=True)
+class EngineFolder:
+    """Reads what counting engines noted, and sets how they behave."""
+
+    path: Path
+
+    @classmethod
+    def make(cls, path: Path, **options: Any) -> EngineFolder:
+        path.mkdir(parents=True, exist_ok=True)
+        (path / "options.json").write_text(json.dumps(options))
+        return cls(path)
+
+    def options(self) -> dict[str, Any]:
+        file = self.path / "options.json"
+        return dict(json.loads(file.read_text())) if file.exists() else {}
+
+    def loads(self) -> list[dict[str, Any]]:
+        """One entry per engine made: process id, threads of the config, and environment."""
+        return [json.loads(line) for line in self._lines("loads.jsonl")]
+
+    def rows(self) -> list[str]:
+        """The prompt of every request that reached an engine, in order of arrival."""
+        return [json.loads(line) for line in self._lines("rows.txt")]
+
+    def forget(self) -> None:
+        for name in ("loads.jsonl", "rows.txt"):
+            (self.path / name).unlink(missing_ok=True)
+
+    def note(self, name: str, value: object) -> None:
+        """Appends one line; lines of several processes do not mix."""
+        handle = os.open(self.path / name, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        try:
+            os.write(handle, (json.dumps(value) + "\n").encode())
+        finally:
+            os.close(handle)
+
+    def claim(self, name: str) -> bool:
+        """True for exactly one caller."""
+        try:
+            os.close(os.open(self.path / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL))
+        except FileExistsError:
+            return False
+        return True
+
+    def _lines(self, name: str) -> list[str]:
+        file = self.path / name
+        return file.read_text().splitlines() if file.exists() else []
+
+
+class CountingEngine(ScriptedEngine):
+    """Notes every request; may end its process once in the middle."""
+
+    def __init__(self, folder: EngineFolder) -> None:
+        options = folder.options()
+        super().__init__(max_concurrency=options.get("max_concurrency", 4))
+        self._folder = folder
+        self._step_delay_s = float(options.get("step_delay_s", 0.0))
+        self._die_after: int | None = options.get("die_once_after_rows")
+        self._num_out = 0
+
+    def add(self, request: Request) -> int:
+        self._folder.note("rows.txt", prompt_text(request))
+        return super().add(request)
+
+    def step(self) -> list[tuple[int, Result]]:
+        time.sleep(self._step_delay_s)
+        if self._die_after is not None and self._num_out >= self._die_after and self._folder.claim("died"):
+            os._exit(13)
+        out = super().step()
+        self._num_out += len(out)
+        return out
+
+
+def counting(config: EngineConfig) -> CountingEngine:
+    """The engine of the folder that ``config.target`` names."""
+    folder = EngineFolder(Path(config.target))
+    environment = {name: os.environ.get(name) for name in NOTED_VARIABLES}
+    folder.note("loads.jsonl", {"pid": os.getpid(), "threads": config.threads, **environment})
+    return CountingEngine(folder)
