@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from dspark_batch.errors import ConfigError, DSparkBatchError, FingerprintMismatchError, Problem
-from dspark_batch.job.outcome import ExitCode
+from dspark_batch.job.outcome import ExitCode, Outcome
 
 app = typer.Typer(
     name="dspark-batch",
@@ -37,9 +37,6 @@ def run(
     ] = False,
 ) -> None:
     """Run the job of CONFIG; the same command again resumes it."""
-    from dspark_batch.job.preview import preview_job
-    from dspark_batch.job.runner import dry_run_job, run_job
-
     chosen = [
         flag
         for flag, on in (("--dry-run", dry_run), ("--preview", preview is not None), ("--retry-failed", retry_failed))
@@ -47,13 +44,11 @@ def run(
     ]
     if len(chosen) > 1:
         raise ConfigError([Problem(" ".join(chosen), "exclude each other; give one of them", "command line")])
-    given = overrides or []
-    if dry_run:
-        outcome = dry_run_job(config, overrides=given)
-    elif preview is not None:
-        outcome = preview_job(config, overrides=given, num_rows=preview)
-    else:
-        outcome = run_job(config, overrides=given, retry_failed=retry_failed)
+    try:
+        outcome = _run(config, overrides or [], dry_run=dry_run, preview=preview, retry_failed=retry_failed)
+    except KeyboardInterrupt:
+        _complain("ended at once; committed shards stay, and the same command goes on from there")
+        raise typer.Exit(ExitCode.FATAL) from None
     print(outcome.text)
     raise typer.Exit(outcome.code)
 
@@ -82,6 +77,17 @@ def run_cli(arguments: list[str] | None = None) -> int:
         _complain(str(error))
         return ExitCode.FATAL
     return ExitCode.OK
+
+
+def _run(config: Path, overrides: list[str], *, dry_run: bool, preview: int | None, retry_failed: bool) -> Outcome:
+    from dspark_batch.job.preview import preview_job
+    from dspark_batch.job.runner import dry_run_job, run_job
+
+    if dry_run:
+        return dry_run_job(config, overrides=overrides)
+    if preview is not None:
+        return preview_job(config, overrides=overrides, num_rows=preview)
+    return run_job(config, overrides=overrides, retry_failed=retry_failed)
 
 
 def main() -> None:

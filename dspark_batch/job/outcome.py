@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import TYPE_CHECKING
@@ -52,7 +51,7 @@ class Totals:
     num_rounds: int = 0
     num_drafted_tokens: int = 0
     num_accepted_tokens: int = 0
-    failures: Counter[str] = field(default_factory=Counter)
+    failures: dict[str, int] = field(default_factory=dict)
 
     def add(self, stats: ShardStats) -> None:
         """Count one more committed shard."""
@@ -65,7 +64,8 @@ class Totals:
         self.num_rounds += stats.num_rounds
         self.num_drafted_tokens += stats.num_drafted_tokens
         self.num_accepted_tokens += stats.num_accepted_tokens
-        self.failures.update(stats.num_failed_by_code)
+        for code, count in stats.num_failed_by_code.items():
+            self.failures[code] = self.failures.get(code, 0) + count
 
     @property
     def failed_fraction(self) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -62,6 +63,7 @@ def prepare(path: str | Path, *, overrides: Sequence[str] = (), retry_failed: bo
     written = load_config(path, overrides=overrides)
     if retry_failed:
         written = _resuming(written)
+    _check_backend(written)
     _refuse_vanishing_output(written)
     config = absolute_paths(written)
     factory = configured_factory()
@@ -107,6 +109,12 @@ def remaining(run: PreparedRun, *, retry_failed: bool = False) -> Remaining:
 
 def _resuming(config: JobConfig) -> JobConfig:
     return config.model_copy(update={"output": config.output.model_copy(update={"mode": "resume"})})
+
+
+def _check_backend(config: JobConfig) -> None:
+    if config.engine.backend == "ray" and find_spec("ray") is None:
+        message = "'ray' needs Ray, which is not installed; run: pip install 'dspark-batch[ray]', or use local"
+        raise ConfigError([Problem("engine.backend", message)])
 
 
 def _refuse_vanishing_output(config: JobConfig) -> None:

@@ -130,7 +130,7 @@ def _work_done(finished: Finished) -> list[str]:
 def _failures(run: PreparedRun, whole: Totals) -> list[str]:
     if not whole.num_failed_rows:
         return []
-    codes = ", ".join(f"{code} {count}" for code, count in whole.failures.most_common())
+    codes = ", ".join(f"{code} {count}" for code, count in sorted(whole.failures.items()))
     line = f"failed rows: {whole.num_failed_rows} ({100 * whole.failed_fraction:.1f} %): {codes}"
     if whole.failed_fraction > run.config.limits.max_failed_fraction:
         line += f"; more than limits.max_failed_fraction={run.config.limits.max_failed_fraction}"

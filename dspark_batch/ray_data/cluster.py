@@ -113,5 +113,6 @@ def _places(node: Mapping[str, float], *, num_cpus: float, num_gpus: float) -> i
 
 
 def _quiet_loggers() -> None:
-    for name in ("ray", "ray.data"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    """Ray Data logs its own stack trace of every failure, which would bury the error that the run raises."""
+    logging.getLogger("ray").setLevel(logging.ERROR)
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)

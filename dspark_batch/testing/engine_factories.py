@@ -59,3 +59,13 @@ def refusing(config: EngineConfig) -> RefusingEngine:
 def missing(config: EngineConfig) -> ScriptedEngine:
     """Stands for a model that cannot be loaded."""
     raise ModelError(f"model {config.target!r}: no such checkpoint (scripted)")
+
+
+def breaking(config: EngineConfig) -> ScriptedEngine:
+    """Breaks after some rows in every process: a run gets through by replacing its processes."""
+    return ScriptedEngine(fault_after_rows=30)
+
+
+def broken(config: EngineConfig) -> ScriptedEngine:
+    """Breaks at its first step, always."""
+    return ScriptedEngine(fault_after_rows=0)

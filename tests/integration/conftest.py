@@ -1,0 +1,24 @@
+"""Shared by the whole-pipeline tests: a job on a small table with an engine that needs no weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+
+from dspark_batch.batch.engines import ENGINE_FACTORY_VARIABLE
+from dspark_batch.testing.jobs import SCRIPTED, Job, reviews, write_job
+
+
+@pytest.fixture
+def make_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[pa.Table], Job]:
+    """A job over a table, with the scripted engine in this process and in those it starts."""
+    monkeypatch.setenv(ENGINE_FACTORY_VARIABLE, SCRIPTED)
+    return lambda table: write_job(tmp_path, table)
+
+
+@pytest.fixture
+def job(make_job: Callable[[pa.Table], Job]) -> Job:
+    return make_job(reviews(47))

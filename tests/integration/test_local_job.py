@@ -1,0 +1,311 @@
+"""Whole runs through the command line with ``backend: local``: results, resume, bad input, exit codes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from dspark_batch.batch.commit import read_output
+from dspark_batch.batch.engines import ENGINE_FACTORY_VARIABLE
+from dspark_batch.cli import run_cli
+from dspark_batch.job.outcome import ExitCode
+from dspark_batch.testing.engine_factories import FAILURES_VARIABLE, FAULT_AFTER_VARIABLE
+from dspark_batch.testing.jobs import Job
+
+REFUSING = "dspark_batch.testing.engine_factories:refusing"
+Capture = pytest.CaptureFixture[str]
+JobOf = Callable[[pa.Table], Job]
+
+
+def texts(values: list[str | None]) -> pa.Table:
+    return pa.table({"id": [f"r{n}" for n in range(len(values))], "text": values})
+
+
+def errors_of(job: Job) -> dict[str, str]:
+    rows = read_output(str(job.out)).to_pylist()
+    return {row["id"]: row["error"]["code"] for row in rows if row["error"] is not None}
+
+
+def test_every_input_row_comes_out_once_with_its_columns_and_a_summary(job: Job, capsys: Capture) -> None:
+    assert run_cli(["run", job.write()]) == ExitCode.OK
+    table = read_output(str(job.out))
+    assert table.column("id").to_pylist() == [f"r{n}" for n in range(47)]
+    assert table.column("stars").to_pylist() == list(range(47))
+    assert table.column("answer").null_count == 0
+    assert (job.out / "_SUCCESS").exists()
+    out, err = capsys.readouterr()
+    assert "done: 47 rows in 8 shards" in out
+    assert "accepted length 1.00" in out
+    assert f"output: {job.out}" in out
+    assert '  id="r0" | answer=' in out
+    assert "rows 47/47 (100 %)" in err
+
+
+def test_a_second_run_finds_nothing_to_do_and_makes_no_engine(
+    job: Job, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run_cli(["run", job.write()]) == ExitCode.OK
+    before = job.parts()
+    monkeypatch.setattr("dspark_batch.batch.executor.make_engine", lambda *a, **k: pytest.fail("an engine was made"))
+    assert run_cli(["run", job.write()]) == ExitCode.OK
+    assert "nothing to do: all 47 rows in 8 shards" in capsys.readouterr().out
+    assert job.parts() == before
+
+
+def test_deleting_one_output_file_makes_exactly_that_shard_again(job: Job, capsys: Capture) -> None:
+    assert run_cli(["run", job.write()]) == ExitCode.OK
+    before = job.parts()
+    lost = sorted(before)[3]
+    (job.out / lost).unlink()
+    assert run_cli(["run", job.write()]) == ExitCode.OK
+    after = job.parts()
+    assert {name: data for name, (_, data) in after.items()} == {name: data for name, (_, data) in before.items()}
+    assert {name for name in after if after[name][0] != before[name][0]} <= {lost}
+    assert job.metrics()[-1]["done"]["num_shards"] == 1
+    assert (job.out / "_SUCCESS").exists()
+
+
+def test_success_is_withdrawn_while_a_shard_is_missing(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run_cli(["run", job.write()]) == ExitCode.OK
+    next(iter(job.out.glob("*.parquet"))).unlink()
+    monkeypatch.setenv(FAULT_AFTER_VARIABLE, "0")
+    assert run_cli(["run", job.write()]) == ExitCode.FATAL
+    assert not (job.out / "_SUCCESS").exists()
+
+
+def test_an_engine_fault_is_fatal_and_the_same_command_goes_on(
+    job: Job, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(FAULT_AFTER_VARIABLE, "20")
+    assert run_cli(["run", job.write()]) == ExitCode.FATAL
+    assert "scripted fault after" in capsys.readouterr().err
+    kept = job.parts()
+    assert 0 < len(kept) < 8
+    monkeypatch.delenv(FAULT_AFTER_VARIABLE)
+    assert run_cli(["run", job.write()]) == ExitCode.OK
+    after = job.parts()
+    assert all(after[name] == kept[name] for name in kept)
+    assert sorted(read_output(str(job.out)).column("id").to_pylist()) == sorted(f"r{n}" for n in range(47))
+
+
+def test_another_shard_size_or_concurrency_resumes_the_same_plan(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(FAULT_AFTER_VARIABLE, "20")
+    run_cli(["run", job.write()])
+    monkeypatch.delenv(FAULT_AFTER_VARIABLE)
+    assert run_cli(["run", job.write(), "shards.rows=5", "ray.shards_in_flight=4"]) == ExitCode.OK
+    assert read_output(str(job.out)).num_rows == 47
+
+
+def test_overwrite_begins_anew_under_other_settings(job: Job) -> None:
+    run_cli(["run", job.write()])
+    before = read_output(str(job.out))
+    assert run_cli(["run", job.write(), "sampling.seed=5", "output.mode=overwrite"]) == ExitCode.OK
+    after = read_output(str(job.out))
+    assert after.num_rows == 47
+    assert after.column("answer") != before.column("answer")
+
+
+def test_mode_error_refuses_an_output_that_holds_a_run(job: Job, capsys: Capture) -> None:
+    run_cli(["run", job.write()])
+    assert run_cli(["run", job.write(), "output.mode=error"]) == ExitCode.FATAL
+    assert "holds a run already" in capsys.readouterr().err
+
+
+def test_samples_become_rows_of_their_own(job: Job) -> None:
+    assert run_cli(["run", job.write(), "sampling.n=3"]) == ExitCode.OK
+    table = read_output(str(job.out))
+    assert table.num_rows == 3 * 47
+    assert table.column("sample").to_pylist() == [0, 1, 2] * 47
+
+
+def test_jsonl_goes_in_and_parquet_comes_out(job: Job) -> None:
+    lines = [json.dumps({"id": str(n), "text": f"line {n}"}) for n in range(23)]
+    (job.folder / "in.jsonl").write_text("\n".join(lines))
+    assert run_cli(["run", job.write(), f"input.path={job.folder / 'in.jsonl'}"]) == ExitCode.OK
+    assert read_output(str(job.out)).column("id").to_pylist() == [str(n) for n in range(23)]
+
+
+def test_an_empty_table_is_a_finished_run(make_job: JobOf) -> None:
+    job = make_job(pa.table({"id": pa.array([], pa.string()), "text": pa.array([], pa.string())}))
+    assert run_cli(["run", job.write()]) == ExitCode.OK
+    assert (job.out / "_SUCCESS").exists()
+
+
+def test_bad_input_missing_column(job: Job, capsys: Capture) -> None:
+    job.config["prompt"]["template"] = "{{ txt }}"
+    job.config["input"]["id"] = "key"
+    assert run_cli(["run", job.write()]) == ExitCode.BAD_CONFIG
+    err = capsys.readouterr().err
+    assert "prompt.template: the input has no column 'txt'" in err
+    assert "input.id: the input has no column 'key'" in err
+    assert not job.out.exists()
+
+
+def test_bad_input_null_prompt(make_job: JobOf, capsys: Capture) -> None:
+    job = make_job(texts(["a", None, "c"]))
+    assert run_cli(["run", job.write(), "limits.max_failed_fraction=0.5"]) == ExitCode.SOME_ROWS_FAILED
+    assert errors_of(job) == {"r1": "null_prompt"}
+    assert "failed rows: 1 (33.3 %): null_prompt 1" in capsys.readouterr().out
+    assert (job.out / "_SUCCESS").exists()
+
+
+def test_bad_input_prompt_longer_than_the_context(make_job: JobOf, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(FAILURES_VARIABLE, "Say much too long=prompt_too_long")
+    job = make_job(texts(["a", "b", "much too long"]))
+    assert run_cli(["run", job.write(), "limits.max_failed_fraction=0.5"]) == ExitCode.SOME_ROWS_FAILED
+    assert errors_of(job) == {"r2": "prompt_too_long"}
+
+
+def test_bad_input_template_error_in_one_row(make_job: JobOf) -> None:
+    job = make_job(texts(["1", "0", "4"]))
+    job.config["prompt"]["template"] = "{{ 8 // (text | int) }}"
+    assert run_cli(["run", job.write(), "limits.max_failed_fraction=0.5"]) == ExitCode.SOME_ROWS_FAILED
+    assert errors_of(job) == {"r1": "template_error"}
+
+
+def test_bad_input_template_that_does_not_parse(job: Job, capsys: Capture) -> None:
+    job.config["prompt"]["template"] = "{{ text"
+    assert run_cli(["run", job.write()]) == ExitCode.BAD_CONFIG
+    assert "prompt.template: does not parse" in capsys.readouterr().err
+
+
+def test_bad_input_unreadable_parquet_file(job: Job, capsys: Capture) -> None:
+    (job.folder / "in.parquet").write_bytes(b"PAR1 not really")
+    assert run_cli(["run", job.write()]) == ExitCode.FATAL
+    assert f"{job.folder / 'in.parquet'}: cannot be read as Parquet" in capsys.readouterr().err
+
+
+def test_bad_input_no_file_matches(job: Job, capsys: Capture) -> None:
+    assert run_cli(["run", job.write(), f"input.path={job.folder}/none-*.parquet"]) == ExitCode.FATAL
+    assert "no file matches" in capsys.readouterr().err
+
+
+def test_bad_input_unknown_config_key(job: Job, capsys: Capture) -> None:
+    job.config["sampling"]["temprature"] = 1
+    assert run_cli(["run", job.write(), "ray.actor=2"]) == ExitCode.BAD_CONFIG
+    err = capsys.readouterr().err
+    assert f"{job.path}: sampling.temprature: is not a known key; did you mean 'temperature'?" in err
+    assert "command line: ray.actor: is not a known key; did you mean 'actors'?" in err
+
+
+def test_bad_input_unknown_model(job: Job, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(ENGINE_FACTORY_VARIABLE)
+    assert run_cli(["run", job.write(), "model.target=no-such-model"]) == ExitCode.BAD_CONFIG
+    err = capsys.readouterr().err
+    assert "model.target" in err
+    assert "no-such-model" in err
+
+
+def test_bad_input_output_path_with_another_fingerprint(job: Job, capsys: Capture) -> None:
+    run_cli(["run", job.write()])
+    before = job.parts()
+    job.config["prompt"]["template"] = "Shout {{ text }}"
+    assert run_cli(["run", job.write(), "sampling.seed=9"]) == ExitCode.BAD_CONFIG
+    err = capsys.readouterr().err
+    assert "prompt.template: 'Say {{ text }}' there, 'Shout {{ text }}' here" in err
+    assert "sampling.seed: 0 there, 9 here" in err
+    assert job.parts() == before
+
+
+def test_bad_input_changed_since_the_run_began(job: Job, capsys: Capture) -> None:
+    run_cli(["run", job.write()])
+    pq.write_table(texts(["other"]), job.folder / "in.parquet")
+    assert run_cli(["run", job.write()]) == ExitCode.FATAL
+    assert f"changed: {job.folder / 'in.parquet'}" in capsys.readouterr().err
+
+
+def test_output_folder_with_files_of_someone_else_is_refused(job: Job, capsys: Capture) -> None:
+    job.out.mkdir()
+    (job.out / "theirs.parquet").write_bytes(b"data")
+    assert run_cli(["run", job.write()]) == ExitCode.FATAL
+    assert "no run wrote" in capsys.readouterr().err
+    assert [file.name for file in job.out.iterdir()] == ["theirs.parquet"]
+
+
+def test_too_many_failed_rows_keep_their_commits_and_stay_without_success(make_job: JobOf, capsys: Capture) -> None:
+    job = make_job(texts([None, "b", None]))
+    assert run_cli(["run", job.write()]) == ExitCode.TOO_MANY_FAILED
+    assert "limits.max_failed_fraction=0.05" in capsys.readouterr().out
+    assert len(job.parts()) == 1
+    assert not (job.out / "_SUCCESS").exists()
+    assert run_cli(["run", job.write()]) == ExitCode.TOO_MANY_FAILED
+    assert run_cli(["run", job.write(), "limits.max_failed_fraction=1"]) == ExitCode.SOME_ROWS_FAILED
+    assert (job.out / "_SUCCESS").exists()
+
+
+def test_a_token_budget_stops_the_run_and_a_higher_one_goes_on(job: Job, capsys: Capture) -> None:
+    job.config["ray"] = {"shards_in_flight": 1}
+    assert run_cli(["run", job.write(), "limits.max_generated_tokens=1"]) == ExitCode.FATAL
+    assert "stopped at limits.max_generated_tokens=1" in capsys.readouterr().out
+    num_before = len(job.parts())
+    assert 0 < num_before <= 8
+    assert run_cli(["run", job.write(), "limits.max_generated_tokens=1"]) == ExitCode.FATAL
+    assert len(job.parts()) == num_before
+    assert run_cli(["run", job.write()]) == ExitCode.OK
+
+
+def test_retry_failed_makes_only_the_failed_rows_again(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    failures = "Say text 3=engine_error;Say text 30=engine_error;Say text 12=prompt_too_long"
+    monkeypatch.setenv(FAILURES_VARIABLE, failures)
+    assert run_cli(["run", job.write(), "limits.max_failed_fraction=0.2"]) == ExitCode.SOME_ROWS_FAILED
+    before = job.parts()
+    monkeypatch.delenv(FAILURES_VARIABLE)
+    code = run_cli(["run", job.write(), "limits.max_failed_fraction=0.2", "--retry-failed"])
+    assert code == ExitCode.SOME_ROWS_FAILED
+    assert errors_of(job) == {"r12": "prompt_too_long"}
+    after = job.parts()
+    assert len([name for name in after if after[name] != before[name]]) == 2
+    last = job.metrics()[-1]
+    assert (last["whole"]["num_rows"], last["whole"]["num_failed_rows"]) == (47, 1)
+    plain = job.folder / "plain"
+    monkeypatch.setenv(FAILURES_VARIABLE, "Say text 12=prompt_too_long")
+    run_cli(["run", job.write(), "limits.max_failed_fraction=0.2", f"output.path={plain}"])
+    assert read_output(str(job.out)).equals(read_output(str(plain)))
+
+
+def test_retry_failed_with_samples_keeps_the_rows_together(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    job.config["sampling"]["n"] = 2
+    job.config["limits"] = {"max_failed_fraction": 0.2}
+    monkeypatch.setenv(FAILURES_VARIABLE, "Say text 9=engine_error;Say text 46=engine_error")
+    run_cli(["run", job.write()])
+    monkeypatch.delenv(FAILURES_VARIABLE)
+    assert run_cli(["run", job.write(), "--retry-failed"]) == ExitCode.OK
+    run_cli(["run", job.write(), f"output.path={job.folder / 'plain'}"])
+    assert read_output(str(job.out)).equals(read_output(str(job.folder / "plain")))
+
+
+def test_preview_shows_prompts_and_rows_and_writes_nothing(job: Job, capsys: Capture) -> None:
+    assert run_cli(["run", job.write(), "--preview", "10"]) == ExitCode.OK
+    out = capsys.readouterr().out
+    assert "prompt of row r0:\n  Say text 0" in out
+    assert "10 generated rows:" in out
+    assert '  id="r9" | answer=' in out
+    assert not job.out.exists()
+
+
+def test_dry_run_counts_rows_and_shards_and_writes_nothing(
+    job: Job, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(ENGINE_FACTORY_VARIABLE, REFUSING)
+    assert run_cli(["run", job.write(), "--dry-run"]) == ExitCode.OK
+    out = capsys.readouterr().out
+    assert "47 rows in 1 files, 8 shards" in out
+    assert "fingerprint" in out
+    assert not job.out.exists()
+
+
+def test_dry_run_reports_another_fingerprint(job: Job, capsys: Capture) -> None:
+    run_cli(["run", job.write()])
+    capsys.readouterr()
+    assert run_cli(["run", job.write(), "--dry-run"]) == ExitCode.OK
+    assert "to do        0 rows in 0 shards" in capsys.readouterr().out
+    assert run_cli(["run", job.write(), "--dry-run", "sampling.seed=1"]) == ExitCode.BAD_CONFIG
+
+
+def test_flags_that_exclude_each_other_are_refused(job: Job, capsys: Capture) -> None:
+    assert run_cli(["run", job.write(), "--dry-run", "--retry-failed"]) == ExitCode.BAD_CONFIG
+    assert "exclude each other" in capsys.readouterr().err

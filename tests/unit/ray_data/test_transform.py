@@ -1,0 +1,58 @@
+"""``Generate`` as a plain callable; no Ray is started."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pyarrow as pa
+import pytest
+from pydantic import ValidationError
+
+from dspark_batch.errors import ConfigError
+from dspark_batch.ray_data import Generate
+from dspark_batch.testing.jobs import SCRIPTED, reviews
+
+CONFIG: dict[str, Any] = {
+    "input": {"id": "id"},
+    "prompt": {"template": "Say {{ text }}"},
+    "output": {"column": "answer"},
+    "sampling": {"temperature": 0.5},
+}
+
+
+def test_rows_are_the_same_however_the_table_is_cut() -> None:
+    table = reviews(29)
+    whole = Generate(CONFIG, engine_factory=SCRIPTED)(table)
+    cut = Generate(CONFIG, engine_factory=SCRIPTED)
+    parts = [cut(table.slice(start, 7)) for start in range(0, 29, 7)]
+    assert pa.concat_tables(parts).equals(whole)
+    assert whole.column_names[:4] == ["id", "text", "stars", "answer"]
+    assert whole.column("error").null_count == 29
+
+
+def test_a_table_of_several_chunks_and_an_empty_one_are_fine() -> None:
+    generate = Generate(CONFIG, engine_factory=SCRIPTED)
+    table = pa.concat_tables([reviews(5), reviews(3)])
+    assert generate(table).num_rows == 8
+    assert generate(table.slice(0, 0)).schema == generate(table).schema
+
+
+def test_a_row_that_cannot_be_generated_keeps_its_place() -> None:
+    table = reviews(3).set_column(1, "text", pa.array(["a", None, "c"]))
+    out = Generate(CONFIG, engine_factory=SCRIPTED)(table)
+    assert [row["error"] and row["error"]["code"] for row in out.to_pylist()] == [None, "null_prompt", None]
+
+
+def test_sampling_without_an_id_column_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"input\.id"):
+        Generate({**CONFIG, "input": {}}, engine_factory=SCRIPTED)
+
+
+def test_a_missing_column_is_named() -> None:
+    with pytest.raises(ConfigError, match="no column 'text'"):
+        Generate(CONFIG, engine_factory=SCRIPTED)(reviews(3).drop_columns(["text"]))
+
+
+def test_an_invalid_config_is_refused() -> None:
+    with pytest.raises((ConfigError, ValidationError)):
+        Generate({**CONFIG, "sampling": {"top_p": 7}}, engine_factory=SCRIPTED)
