@@ -10,6 +10,7 @@ from dspark_batch.models.attention.base import AttentionContext
 from dspark_batch.models.decoder import Decoder
 from dspark_batch.models.families import DecoderSpec
 from dspark_batch.models.kv_cache import KVCache
+from dspark_batch.models.native import NativeDecoder, native_decoder
 from dspark_batch.models.ops import Ops, TorchOps
 from dspark_batch.models.rope import rope_table
 from dspark_batch.models.weights import DecoderWeights
@@ -19,7 +20,8 @@ from dspark_batch.tensors import ForwardBatch, ForwardOutput
 class TargetRunner:
     """Fulfils ``tensors.Target``.
 
-    attention: name of a backend (``models.attention.BACKENDS``); None picks the fastest for the device.
+    attention: name of a backend (``models.attention.BACKENDS``) under the torch decoder; None picks the fastest way for
+    the device: on CPUs the native kernels where they can be had, else torch.
     """
 
     def __init__(
@@ -41,6 +43,10 @@ class TargetRunner:
             dtype=kv.k.dtype,
             device=kv.k.device,
         )
+        native = native_decoder(spec, weights=weights, kv=kv, rope=rope) if attention is None and ops is None else None
+        if native is not None:
+            self.decoder: Decoder | NativeDecoder = native
+            return
         q_norms = [layer.q_norm for layer in weights.layers if layer.q_norm is not None]
         k_norms = [layer.k_norm for layer in weights.layers if layer.k_norm is not None]
         context = AttentionContext(spec=spec, kv=kv, rope=rope, q_norms=q_norms or None, k_norms=k_norms or None)

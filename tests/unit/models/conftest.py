@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from dspark_batch.engine.config import EngineConfig
 from dspark_batch.models.loader import LoadedTarget, load_target
@@ -17,8 +18,19 @@ _KV_CACHE_GIB = 0.002
 
 @pytest.fixture(autouse=True)
 def _private_cache(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing but the embedded model's conversion is kept in the user's cache."""
     if "model" not in request.keywords:
         monkeypatch.setenv("DSPARK_BATCH_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture(autouse=True)
+def _one_thread(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Tiny models run on one thread: more would only wait for each other."""
+    num_threads = torch.get_num_threads()
+    if "model" not in request.keywords:
+        torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(num_threads)
 
 
 @pytest.fixture(scope="session")

@@ -11,6 +11,9 @@ import torch
 from conftest import load_tiny
 from transformers import AutoModelForCausalLM
 
+from dspark_batch.models.decoder import Decoder
+from dspark_batch.models.kernels.library import load_kernels
+from dspark_batch.models.native import NativeDecoder
 from dspark_batch.testing.flat import FlatDriver
 from dspark_batch.testing.tiny import edit_config, save_tiny_checkpoint
 
@@ -58,6 +61,16 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3-tied-bias": ("qwen3", {"tie_word_embeddings": True, "attention_bias": True}),
     "qwen3-sliding": ("qwen3", SLIDING),
 }
+NATIVE_WIDTHS = {"head_dim": 16, "hidden_size": 48}
+"""Widths that the native kernels know; the other variants run on torch."""
+NATIVE_VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama-tied": ("llama", {"tie_word_embeddings": True}),
+    "llama-biases": ("llama", {"attention_bias": True, "mlp_bias": True, "rope_parameters": LLAMA3}),
+    "mistral-sliding": ("mistral", {"sliding_window": 11}),
+    "qwen2-sliding": ("qwen2", {**SLIDING, "rope_parameters": YARN}),
+    "qwen3-sliding": ("qwen3", {**SLIDING, "attention_bias": True}),
+}
+VARIANTS |= {f"native-{name}": (family, more | NATIVE_WIDTHS) for name, (family, more) in NATIVE_VARIANTS.items()}
 SCHEDULES = {
     "prefill": [[64]],
     "chunked prefill": [[3, 5, 8, 2], [13, 1, 4, 7]],
@@ -95,7 +108,7 @@ def test_logits_equal_transformers_however_the_tokens_are_sliced(variant: str, c
     assert target.kv.num_free_tokens == target.kv.num_total_tokens
 
 
-@pytest.mark.parametrize("variant", ["llama", "qwen2-layer-types", "mistral-sliding", "qwen3"])
+@pytest.mark.parametrize("variant", ["llama", "qwen2-layer-types", "mistral-sliding", "qwen3", "native-qwen2-sliding"])
 def test_a_shared_prefix_gives_the_same_logits_as_an_own_one(variant: str, checkpoint: Callable[..., Path]) -> None:
     family, overrides = VARIANTS[variant]
     folder = checkpoint(family, **overrides)
@@ -119,9 +132,21 @@ def test_a_shared_prefix_gives_the_same_logits_as_an_own_one(variant: str, check
     assert target.kv.num_free_tokens == target.kv.num_total_tokens
 
 
+def test_models_of_native_widths_run_on_the_native_kernels_where_there_are_any(
+    checkpoint: Callable[..., Path],
+) -> None:
+    family, overrides = VARIANTS["native-llama-tied"]
+    folder = checkpoint(family, **overrides)
+    assert isinstance(load_tiny(folder).target.decoder, NativeDecoder if load_kernels() else Decoder)
+    assert isinstance(load_tiny(folder, attention="cpu").target.decoder, Decoder)
+
+
+@pytest.mark.parametrize("widths", [{}, NATIVE_WIDTHS], ids=["torch", "native"])
 @pytest.mark.parametrize("taps", [(-1,), (0,), (1, -1), (2,), (-1, 0, 1, 2)], ids=lambda taps: ",".join(map(str, taps)))
-def test_features_are_the_outputs_of_the_tapped_layers(taps: tuple[int, ...], checkpoint: Callable[..., Path]) -> None:
-    folder = checkpoint("llama")
+def test_features_are_the_outputs_of_the_tapped_layers(
+    taps: tuple[int, ...], widths: dict[str, int], checkpoint: Callable[..., Path]
+) -> None:
+    folder = checkpoint("llama", **widths)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     outputs: dict[int, torch.Tensor] = {}
     for index, layer in enumerate(model.model.layers):
