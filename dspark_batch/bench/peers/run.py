@@ -191,8 +191,8 @@ def _report(
     return (
         f"{table(peers, concurrencies)}\n\n"
         f"Emitted tokens per second over the whole call, median of {repeats} interleaved repeats; in brackets the "
-        f"median ratio to {BASELINE}. {workload.max_new_tokens} new tokens at most, greedy, {dtype}, {threads} threads.\n"
-        f"Versions: {used}.\n"
+        f"median ratio to {BASELINE}; {workload.max_new_tokens} new tokens at most, greedy, {dtype}, {threads} threads,"
+        f" versions: {used}.\n"
     )
 
 
