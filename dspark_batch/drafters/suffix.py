@@ -145,9 +145,11 @@ class SuffixDrafter:
         positions, order = index.occurrences(rings, before, limit=config.max_candidates)
         hit = np.flatnonzero(order)
         rings, positions, before = rings[hit], positions[hit], before[hit]
+        matches = index.match_lengths(rings, before, positions)
+        reach = int(config.length_factor * matches.max(initial=0) + config.length_offset)
         choice = choose(
-            index.continuations(rings, positions, int(limits.max())),
-            index.match_lengths(rings, before, positions),
+            index.continuations(rings, positions, max(1, min(int(limits.max()), reach))),
+            matches,
             max_tokens=limits[hit % num_rows],
             length_factor=config.length_factor,
             length_offset=config.length_offset,

@@ -74,6 +74,21 @@ def choose(
 def _support(continuations: Ints, goes_on: NDArray[np.bool_]) -> tuple[Floats, Floats]:
     """[Q, M, K] each: how many candidates agree up to and with this token, and how many could have.
 
+    Where a query's candidates never differ, both are the number that go on; only the others are compared in pairs.
+    """
+    agree = np.empty(continuations.shape)
+    agree[:] = np.sum(goes_on, axis=1, keepdims=True)
+    could = agree.copy()
+    any_token = continuations.max(axis=1, keepdims=True)
+    split = np.flatnonzero(((continuations != any_token) & goes_on).any(axis=(1, 2)))
+    if len(split):
+        agree[split], could[split] = _pairwise_support(continuations[split], goes_on[split])
+    return agree, could
+
+
+def _pairwise_support(continuations: Ints, goes_on: NDArray[np.bool_]) -> tuple[Floats, Floats]:
+    """The same for any candidates.
+
     Prefixes are compared by a 32-bit running hash. The candidate axes come first, so that sums run over long rows.
     """
     powers = np.cumprod(np.full(continuations.shape[2], _GOLDEN, np.uint64))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
 import pytest
 import torch
 
@@ -80,12 +79,12 @@ def test_every_decision_equals_the_oracles(mode: str, vocab_size: int, monkeypat
         first = 0
         for r, row in enumerate(rows):
             length = len(row.draft)
-            p = probs[first : first + length + 1].double().numpy()
-            q = one_hot_rows(row.draft, vocab_size) if row.draft_probs is None else row.draft_probs.double().numpy()
+            p = probs[first : first + length + 1].double()
+            q = one_hot_rows(row.draft, vocab_size) if row.draft_probs is None else row.draft_probs.double()
             accept, residual = rejection_uniforms(
                 torch.tensor([row.noise_key]), torch.tensor([row.round_index]), max(LENGTHS)
             )
-            expected = oracle(p, q, row.draft, accept[0].numpy(), float(residual))  # type: ignore[operator]
+            expected = oracle(p, q, row.draft, accept[0], float(residual))  # type: ignore[operator]
             assert (verdict.num_accepted[r], verdict.next_token[r]) == expected, (seed, r)
             seen.add(verdict.num_accepted[r])
             first += length + 1
@@ -153,4 +152,3 @@ def test_long_products_of_small_ratios_neither_vanish_nor_overflow() -> None:
     accept, residual = rejection_uniforms(torch.tensor([1]), torch.tensor([0]), length)
     verdict = BlockVerifier(lambda *_: (accept, residual)).verify([make_row(0, [0] * length, q)], Target(p))
     assert verdict.num_accepted == [length]
-    assert np.isfinite(float(accept.sum()))
