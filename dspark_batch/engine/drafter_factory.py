@@ -18,7 +18,6 @@ from dspark_batch.verification.coupled import CoupledVerifier
 _DRAFTERS = {
     "suffix": ("dspark_batch.drafters.suffix", "SuffixDrafter"),
     "draft_model": ("dspark_batch.drafters.draft_model", "DraftModelDrafter"),
-    "dspark": ("dspark_batch.drafters.dspark.drafter", "DSparkDrafter"),
 }
 _VERIFIERS = {
     "token": ("dspark_batch.verification.token", "TokenVerifier"),
@@ -41,8 +40,23 @@ def make_drafter(config: EngineConfig, target: Target, *, target_fingerprint: st
         return NgramDrafter(max_draft_tokens=config.max_draft_tokens or DEFAULT_DRAFT_TOKENS)
     if name in ("draft_model", "dspark") and config.drafter_path is None:
         raise ConfigError([Problem("engine.drafter_path", f"is not set, and drafter {name!r} needs a checkpoint")])
+    if name == "dspark":
+        return _dspark(config, target, target_fingerprint)
     found = _load(*_DRAFTERS[name], field="engine.drafter", value=name)
     return cast(Drafter, found.from_config(config, target, target_fingerprint=target_fingerprint))
+
+
+def _dspark(config: EngineConfig, target: Target, target_fingerprint: str) -> Drafter:
+    """The drafter shares the target's embedding and head, so only a loaded model can have one."""
+    from dspark_batch.drafters.dspark.drafter import DSparkDrafter
+    from dspark_batch.models.draft_parts import RunnerParts
+    from dspark_batch.models.runner import TargetRunner
+
+    assert config.drafter_path is not None, "checked by the caller"
+    if not isinstance(target, TargetRunner):
+        raise ConfigError([Problem("engine.drafter", f"'dspark' cannot draft for a {type(target).__name__}")])
+    parts = RunnerParts(target, fingerprint=target_fingerprint)
+    return DSparkDrafter.load(config.drafter_path, parts, shared_noise=config.verification == "coupled")
 
 
 def make_verifier(config: EngineConfig) -> Verifier:

@@ -100,8 +100,12 @@ class BatchEngine:
         Raises:
             ConfigError, ModelError: as the loader and the constructor say.
         """
+        import torch
+
         from dspark_batch.models.loader import load_target
 
+        if isinstance(config.threads, int):
+            torch.set_num_threads(config.threads)
         return cls(load_target(config), config)
 
     @property

@@ -1,0 +1,38 @@
+"""Whole engine over tiny random checkpoints of every family, against transformers and against itself."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from dspark_batch.bench import lossless
+from dspark_batch.testing.tiny import save_tiny_checkpoint
+
+PROMPTS = [
+    "a b a b a b a",
+    "x",
+    "Grüße",
+    "the cat sat on the mat, the cat sat",
+    "0 1 2 3 4 5 6 7 8 9 0 1 2 3",
+    "ab" * 20,
+    "?!",
+]
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+def test_every_setting_gives_the_token_ids_of_transformers_or_of_plain_decoding(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DSPARK_BATCH_CACHE", str(tmp_path / "cache"))
+    folder = save_tiny_checkpoint(tmp_path / family, family)
+    prompts, report = tmp_path / "prompts.jsonl", tmp_path / "report.json"
+    prompts.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in PROMPTS))
+    arguments = [str(prompts), "--target", str(folder), "--device", "cpu", "--max-new-tokens", "23"]
+    arguments += ["--concurrency", "1", "5", "--peer-batch-size", "1", "--json", str(report)]
+    arguments += ["--drafters", "none", "ngram", "suffix"]
+    assert lossless.main(arguments) == 0
+    comparisons = json.loads(report.read_text())
+    assert len(comparisons) == 2 * 3 * 2
+    assert all(c["num_rows"] == len(PROMPTS) for c in comparisons)
+    assert sum(len(c["differences"]) for c in comparisons) == 0
+    assert any(c["accepted_length"] > 1.0 for c in comparisons)
