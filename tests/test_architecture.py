@@ -61,7 +61,7 @@ ALLOWED_LIBRARIES: dict[str, set[str]] = {
     "training": {"torch", "numpy", "safetensors", "pydantic", "transformers"},
     "batch": {"pyarrow", "numpy", "jinja2"},
     "ray_data": {"ray", "pyarrow"},
-    "spark": {"pyspark", "pyarrow"},
+    "spark": {"pyspark", "pyarrow", "pydantic"},
     "job": LIGHT | {"rich"},
     "report": {"jinja2"},
     "bench": {"typer", "rich"},

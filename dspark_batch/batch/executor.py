@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import pyarrow as pa
 
 from dspark_batch.batch.commit import RunStore
-from dspark_batch.batch.contract import RowEngine
 from dspark_batch.batch.engines import make_engine
+from dspark_batch.batch.live import CountingEngine, LiveCounts
 from dspark_batch.batch.manifest import ManifestEntry
 from dspark_batch.batch.reader import ShardReader
 from dspark_batch.batch.results import ShardResult
@@ -59,7 +59,7 @@ class ShardExecutor:
         self._num_samples = spec.config.sampling.n
         self._reader = ShardReader(spec.config, plan_schema=spec.plan_schema)
         self._run = RunStore(spec.config.output.path, run_id=spec.run_id).join(spec.fingerprint)
-        self._engine: RowEngine | None = None
+        self._engine: CountingEngine | None = None
         self._service = WorkerService(self._make_worker).start()
 
     def run(self, shard: Shard) -> ManifestEntry:
@@ -82,6 +82,10 @@ class ShardExecutor:
         merged = merge(before, again, rows=rows, num_samples=self._num_samples, entry=standing)
         return self._run.commit(merged, replace=True)
 
+    def live(self) -> LiveCounts:
+        """What the engine has produced so far, committed or not. Thread-safe."""
+        return LiveCounts() if self._engine is None else self._engine.counts
+
     def close(self) -> None:
         """Stop the engine after its current round; shards in flight are given up."""
         self._service.close()
@@ -102,5 +106,5 @@ class ShardExecutor:
             raise EngineError(f"shard {shard.key}: given up, the engine was closed") from error
 
     def _make_worker(self) -> BatchWorker:
-        self._engine = make_engine(self._spec.engine_config(), factory=self._spec.engine_factory)
+        self._engine = CountingEngine(make_engine(self._spec.engine_config(), factory=self._spec.engine_factory))
         return BatchWorker(self._engine, config=self._spec.config, input_schema=self._reader.schema)

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
+    from dspark_batch.batch.live import LiveCounts
     from dspark_batch.batch.manifest import ManifestEntry
     from dspark_batch.batch.shards import Shard
 
@@ -22,6 +23,10 @@ class Backend(Protocol):
         Ends when all shards are committed, or, after ``stop``, when those that were running are. Raises the
         DSparkBatchError that ended the run.
         """
+        ...
+
+    def live(self) -> LiveCounts:
+        """What the engines of this backend have produced so far, committed or not."""
         ...
 
     def stop(self) -> None:

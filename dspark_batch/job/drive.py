@@ -63,7 +63,7 @@ def drive(
         if entry is not None:
             done.add(entry.stats)
             whole.add(entry.stats)
-        report.update(done)
+        report.update(done, backend.live())
         if deadline_s is None and stop.is_asked():
             deadline_s = clock() + grace_s
             ending = Ending.SIGNAL

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from dspark_batch.job.backend import TICK_S
 
 if TYPE_CHECKING:
+    from dspark_batch.batch.live import LiveCounts
     from dspark_batch.batch.manifest import ManifestEntry
     from dspark_batch.batch.shards import Shard
 
@@ -22,8 +23,15 @@ class LocalBackend:
     committed is done again by the next run.
     """
 
-    def __init__(self, run_shard: Callable[[Shard], ManifestEntry], *, shards_in_flight: int) -> None:
+    def __init__(
+        self,
+        run_shard: Callable[[Shard], ManifestEntry],
+        *,
+        live: Callable[[], LiveCounts],
+        shards_in_flight: int,
+    ) -> None:
         self._run_shard = run_shard
+        self._live = live
         self._num_threads = shards_in_flight
         self._waiting: deque[Shard] = deque()
         self._done: queue.SimpleQueue[ManifestEntry | BaseException | None] = queue.SimpleQueue()
@@ -47,6 +55,10 @@ class LocalBackend:
                 num_running -= 1
             else:
                 yield outcome
+
+    def live(self) -> LiveCounts:
+        """See ``Backend.live``."""
+        return self._live()
 
     def stop(self) -> None:
         """See ``Backend.stop``."""

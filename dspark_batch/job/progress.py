@@ -6,12 +6,16 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Protocol, Self, TextIO
+from typing import TYPE_CHECKING, Protocol, Self, TextIO
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn
+from rich.progress import BarColumn, TextColumn
+from rich.progress import Progress as Bar
 
 from dspark_batch.job.outcome import Totals
+
+if TYPE_CHECKING:
+    from dspark_batch.batch.live import LiveCounts
 
 LINE_INTERVAL_S = 5.0
 
@@ -22,6 +26,7 @@ class Work:
 
     num_rows: int
     num_shards: int
+    num_samples_per_row: int = 1
 
 
 class ProgressReport(Protocol):
@@ -31,7 +36,7 @@ class ProgressReport(Protocol):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None: ...
-    def update(self, totals: Totals) -> None: ...
+    def update(self, totals: Totals, live: LiveCounts) -> None: ...
     def say(self, message: str) -> None: ...
 
 
@@ -42,16 +47,39 @@ def progress_report(work: Work, *, stream: TextIO) -> ProgressReport:
     return LineReport(work, stream=stream)
 
 
-def format_progress(work: Work, totals: Totals, *, elapsed_s: float) -> str:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Progress:
+    """What a progress line shows: rows and tokens that are generated, shards and failures that are committed."""
+
+    num_rows: int
+    num_shards: int
+    num_failed_rows: int
+    num_generated_tokens: int
+    num_rounds: int
+
+    @classmethod
+    def of(cls, work: Work, totals: Totals, live: LiveCounts) -> Progress:
+        """Whichever is further, the committed totals or the live counts (which lack rows that took a copied result)."""
+        live_rows = live.num_samples // work.num_samples_per_row
+        return cls(
+            num_rows=min(work.num_rows, max(totals.num_rows, live_rows)),
+            num_shards=totals.num_shards,
+            num_failed_rows=totals.num_failed_rows,
+            num_generated_tokens=max(totals.num_generated_tokens, live.num_generated_tokens),
+            num_rounds=max(totals.num_rounds, live.num_rounds),
+        )
+
+
+def format_progress(work: Work, progress: Progress, *, elapsed_s: float) -> str:
     """Shards, tokens/s, accepted length, failures and time left, in one line."""
-    parts = [f"shards {totals.num_shards}/{work.num_shards}"]
+    parts = [f"shards {progress.num_shards}/{work.num_shards}"]
     if elapsed_s > 0:
-        parts.append(f"{totals.num_generated_tokens / elapsed_s:,.0f} tokens/s")
-    if totals.accepted_length is not None:
-        parts.append(f"accepted length {totals.accepted_length:.2f}")
-    parts.append(f"failed {totals.num_failed_rows}")
-    if totals.num_rows:
-        left_s = elapsed_s * (work.num_rows - totals.num_rows) / totals.num_rows
+        parts.append(f"{progress.num_generated_tokens / elapsed_s:,.0f} tokens/s")
+    if progress.num_rounds:
+        parts.append(f"accepted length {progress.num_generated_tokens / progress.num_rounds:.2f}")
+    parts.append(f"failed {progress.num_failed_rows}")
+    if progress.num_rows:
+        left_s = elapsed_s * (work.num_rows - progress.num_rows) / progress.num_rows
         parts.append(f"left {format_duration(left_s)}")
     return " · ".join(parts)
 
@@ -82,7 +110,7 @@ class LineReport:
         self._interval_s = interval_s
         self._clock = clock
         self._start_s = self._written_s = clock()
-        self._unwritten: Totals | None = None
+        self._unwritten: Progress | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -93,21 +121,21 @@ class LineReport:
         if self._unwritten is not None:
             self._write(self._unwritten)
 
-    def update(self, totals: Totals) -> None:
-        self._unwritten = totals
+    def update(self, totals: Totals, live: LiveCounts) -> None:
+        self._unwritten = Progress.of(self._work, totals, live)
         if self._clock() - self._written_s >= self._interval_s:
-            self._write(totals)
+            self._write(self._unwritten)
 
     def say(self, message: str) -> None:
         self._stream.write(message + "\n")
         self._stream.flush()
 
-    def _write(self, totals: Totals) -> None:
+    def _write(self, progress: Progress) -> None:
         self._written_s = self._clock()
         self._unwritten = None
-        percent = 100 * totals.num_rows // self._work.num_rows if self._work.num_rows else 100
-        line = format_progress(self._work, totals, elapsed_s=self._written_s - self._start_s)
-        self.say(f"rows {totals.num_rows}/{self._work.num_rows} ({percent} %) · {line}")
+        percent = 100 * progress.num_rows // self._work.num_rows if self._work.num_rows else 100
+        line = format_progress(self._work, progress, elapsed_s=self._written_s - self._start_s)
+        self.say(f"rows {progress.num_rows}/{self._work.num_rows} ({percent} %) · {line}")
 
 
 class BarReport:
@@ -117,26 +145,27 @@ class BarReport:
         self._work = work
         self._clock = clock
         self._start_s = clock()
-        self._progress = Progress(
+        self._bar = Bar(
             TextColumn("rows {task.completed:.0f}/{task.total:.0f}"),
             BarColumn(),
             TextColumn("{task.description}"),
             console=console,
         )
-        self._task = self._progress.add_task("starting", total=work.num_rows)
+        self._task = self._bar.add_task("starting", total=work.num_rows)
 
     def __enter__(self) -> Self:
-        self._progress.start()
+        self._bar.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._progress.stop()
+        self._bar.stop()
 
-    def update(self, totals: Totals) -> None:
-        line = format_progress(self._work, totals, elapsed_s=self._clock() - self._start_s)
-        self._progress.update(self._task, completed=totals.num_rows, description=line)
+    def update(self, totals: Totals, live: LiveCounts) -> None:
+        progress = Progress.of(self._work, totals, live)
+        line = format_progress(self._work, progress, elapsed_s=self._clock() - self._start_s)
+        self._bar.update(self._task, completed=progress.num_rows, description=line)
 
     def say(self, message: str) -> None:
-        self._progress.console.print(message, markup=False, highlight=False)
+        self._bar.console.print(message, markup=False, highlight=False)

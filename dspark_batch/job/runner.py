@@ -64,7 +64,11 @@ def _begin(run: PreparedRun) -> None:
 
 
 def _work(run: PreparedRun, left: Remaining, *, bounds: Bounds, retry_failed: bool, stream: TextIO) -> Finished:
-    work = Work(num_rows=sum(shard.num_rows for shard in left.shards), num_shards=len(left.shards))
+    work = Work(
+        num_rows=sum(shard.num_rows for shard in left.shards),
+        num_shards=len(left.shards),
+        num_samples_per_row=run.config.sampling.n,
+    )
     done, whole = Totals(), left.totals
     with ExitStack() as stack:
         report = stack.enter_context(progress_report(work, stream=stream))
@@ -91,7 +95,7 @@ def _backend(run: PreparedRun, *, retry_failed: bool) -> Iterator[Backend]:
     )
     if run.config.engine.backend == "local":
         with ShardExecutor(spec) as executor:
-            yield LocalBackend(executor.run, shards_in_flight=run.config.ray.shards_in_flight)
+            yield LocalBackend(executor.run, live=executor.live, shards_in_flight=run.config.ray.shards_in_flight)
         return
     with _ray_backend(run, spec) as backend:
         yield backend

@@ -6,6 +6,8 @@ import asyncio
 import logging
 import os
 import pickle
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
 SHARD_COLUMN = "shard"
 ENTRY_COLUMN = "entry"
 ENTRY_SCHEMA = pa.schema([(ENTRY_COLUMN, pa.binary())])
+
+LIVE_INTERVAL_S = 1.0
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +51,8 @@ class ShardActor:
         except Exception as error:
             ray.get(control.fail.remote(type(error).__name__, str(error)))
             raise
+        self._name = f"{ray.get_runtime_context().get_node_id()}/{os.getpid()}"
+        threading.Thread(target=self._tell_live, name="dspark-batch-live", daemon=True).start()
         self._threads = ThreadPoolExecutor(shards_in_flight, thread_name_prefix="dspark-batch-shard")
 
     async def __call__(self, batch: pa.Table) -> pa.Table:
@@ -70,6 +76,11 @@ class ShardActor:
             raise
         await self._control.note_commit.remote()
         return entry
+
+    def _tell_live(self) -> None:
+        while True:
+            self._control.note_live.remote(self._name, self._executor.live())
+            time.sleep(LIVE_INTERVAL_S)
 
     async def _end_process(self, error: EngineError) -> None:
         """Ray retries a shard elsewhere only when the process of its actor dies; an exception would end the job."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from dspark_batch.batch.live import LiveCounts
+
 MAX_FRUITLESS_STARTS = 4
 """Starts of an actor in a row, per actor of the pool, between which no shard was committed."""
 
@@ -14,6 +16,14 @@ class Failure:
 
     kind: str
     message: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Status:
+    """The failure that ended the job, if any, and what all engines have produced, those that ended included."""
+
+    failure: Failure | None
+    live: LiveCounts
 
 
 class JobControl:
@@ -29,6 +39,7 @@ class JobControl:
         self._last_fault = "the process ended without a word (killed, out of memory, or crashed)"
         self._failure: Failure | None = None
         self._stopping = False
+        self._live: dict[str, LiveCounts] = {}
 
     def begin_worker(self) -> bool:
         """An actor starts. False: it must not, since the starts before it came to nothing."""
@@ -60,5 +71,10 @@ class JobControl:
         """Begin no further shard."""
         self._stopping = True
 
-    def failure(self) -> Failure | None:
-        return self._failure
+    def note_live(self, worker: str, counts: LiveCounts) -> None:
+        """What an actor's engine has produced so far; replaces what it told before."""
+        self._live[worker] = counts
+
+    def status(self) -> Status:
+        """What the driver asks for several times a second."""
+        return Status(failure=self._failure, live=sum(self._live.values(), start=LiveCounts()))

@@ -15,11 +15,12 @@ from ray.data import ActorPoolStrategy, DataContext, Dataset
 
 from dspark_batch import errors
 from dspark_batch.batch.executor import WorkerSpec
+from dspark_batch.batch.live import LiveCounts
 from dspark_batch.errors import DSparkBatchError, EngineError
 from dspark_batch.job.config import RaySection
 from dspark_batch.ray_data.actor import ENTRY_COLUMN, SHARD_COLUMN, ShardActor
 from dspark_batch.ray_data.cluster import ActorShare, actor_share
-from dspark_batch.ray_data.control import Failure, JobControl
+from dspark_batch.ray_data.control import Failure, JobControl, Status
 
 if TYPE_CHECKING:
     from dspark_batch.batch.manifest import ManifestEntry
@@ -35,6 +36,7 @@ class RayBackend:
         self._spec = spec
         self._section = section
         self._share = actor_share(section, device=device)
+        self._live = LiveCounts()
         self._control = ray.remote(num_cpus=0)(JobControl).remote(num_actors=section.actors)
 
     def run(self, shards: Sequence[Shard]) -> Iterator[ManifestEntry | None]:
@@ -44,12 +46,17 @@ class RayBackend:
         """
         records = _records(self._dataset(shards))
         for record in records:
-            failure: Failure | None = ray.get(self._control.failure.remote())
-            if failure is not None:
-                raise _as_error(failure)
+            status: Status = ray.get(self._control.status.remote())
+            self._live = status.live
+            if status.failure is not None:
+                raise _as_error(status.failure)
             if isinstance(record, BaseException):
                 raise EngineError(f"Ray ended the run: {_root_message(record)}") from record
             yield record
+
+    def live(self) -> LiveCounts:
+        """What the engines of all actors have produced so far, committed or not."""
+        return self._live
 
     def stop(self) -> None:
         """Begin no further shard. Those that run go on to their commit."""

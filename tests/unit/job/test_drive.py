@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from dspark_batch.batch.live import LiveCounts
 from dspark_batch.batch.results import ShardStats
 from dspark_batch.errors import EngineError
 from dspark_batch.job.drive import Bounds, Ending, drive
@@ -60,6 +61,9 @@ class ScriptedBackend:
             if self.is_stopped:
                 left = min(left, self._num_running)
                 self._num_running -= 1
+
+    def live(self) -> LiveCounts:
+        return LiveCounts()
 
     def stop(self) -> None:
         self.is_stopped = True
@@ -182,13 +186,13 @@ def test_the_local_backend_runs_every_shard_once_with_bounded_overlap() -> None:
             running.remove(shard)
         return shard
 
-    backend = LocalBackend(run_shard, shards_in_flight=3)
+    backend = LocalBackend(run_shard, live=LiveCounts, shards_in_flight=3)
     assert sorted(x for x in backend.run(range(23)) if x is not None) == list(range(23))  # type: ignore[arg-type]
     assert most <= 3
 
 
 def test_the_local_backend_stops_between_shards() -> None:
-    backend = LocalBackend(lambda shard: shard, shards_in_flight=1)  # type: ignore[arg-type, return-value]
+    backend = LocalBackend(lambda shard: shard, live=LiveCounts, shards_in_flight=1)  # type: ignore[arg-type, return-value]
     entries = backend.run(range(1, 10_000))  # type: ignore[arg-type]
     first = next(entry for entry in entries if entry is not None)
     backend.stop()
@@ -204,4 +208,4 @@ def test_the_local_backend_raises_what_a_shard_raised() -> None:
         return shard
 
     with pytest.raises(EngineError, match="broken"):
-        list(LocalBackend(run_shard, shards_in_flight=2).run(range(1, 9)))  # type: ignore[arg-type]
+        list(LocalBackend(run_shard, live=LiveCounts, shards_in_flight=2).run(range(1, 9)))  # type: ignore[arg-type]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dspark_batch.batch.live import LiveCounts
 from dspark_batch.ray_data.control import MAX_FRUITLESS_STARTS, Failure, JobControl
 
 
@@ -10,7 +11,7 @@ def test_starts_without_a_commit_are_bounded_and_the_last_fault_is_told() -> Non
     assert all(control.begin_worker() for _ in range(MAX_FRUITLESS_STARTS))
     control.note_fault("device lost")
     assert not control.begin_worker()
-    failure = control.failure()
+    failure = control.status().failure
     assert failure is not None
     assert failure.kind == "EngineError"
     assert "device lost" in failure.message
@@ -22,7 +23,7 @@ def test_a_commit_resets_the_bound() -> None:
     for _ in range(3):
         assert all(control.begin_worker() for _ in range(2 * MAX_FRUITLESS_STARTS))
         control.note_commit()
-    assert control.failure() is None
+    assert control.status().failure is None
 
 
 def test_no_shard_begins_after_a_stop() -> None:
@@ -30,12 +31,20 @@ def test_no_shard_begins_after_a_stop() -> None:
     assert control.begin_shard()
     control.stop()
     assert not control.begin_shard()
-    assert control.failure() is None
+    assert control.status().failure is None
 
 
 def test_the_first_failure_is_kept() -> None:
     control = JobControl(num_actors=1)
     control.fail("ModelError", "no such model")
     control.fail("EngineError", "later")
-    assert control.failure() == Failure(kind="ModelError", message="no such model")
+    assert control.status().failure == Failure(kind="ModelError", message="no such model")
     assert not control.begin_worker()
+
+
+def test_live_counts_of_all_processes_are_added_the_last_word_of_each() -> None:
+    control = JobControl(num_actors=2)
+    for num_samples in (1, 5):
+        control.note_live("a", LiveCounts(num_samples=num_samples))
+        control.note_live("b", LiveCounts(num_samples=10 * num_samples, num_rounds=3))
+    assert control.status().live == LiveCounts(num_samples=55, num_rounds=3)
