@@ -1,0 +1,112 @@
+"""The whole drafter as one computation: from anchors and context to drafted tokens of ragged rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dspark_batch.drafters.dspark.backbone import Backbone
+from dspark_batch.drafters.dspark.block_attention import BlockAttention
+from dspark_batch.drafters.dspark.checkpoint import HEAD, DrafterWeights
+from dspark_batch.drafters.dspark.confidence_head import confidence_head
+from dspark_batch.drafters.dspark.context_cache import ContextCache, RowContext
+from dspark_batch.drafters.dspark.draft_sampler import DraftVocabulary
+from dspark_batch.drafters.dspark.markov_head import markov_head
+from dspark_batch.drafters.dspark.target_parts import LinearOp, TargetParts, head_rows
+
+DrawSlot = Callable[[Tensor, int], Tensor]
+"""(logits [R, Vd] float32, slot) -> target token ids [R]; may overwrite the logits."""
+
+_MAX_TOKENS_AT_ONCE = 8192
+"""Context positions projected together; bounds the activations of a long catch-up."""
+
+
+@dataclass(frozen=True, slots=True)
+class Drafted:
+    """token_ids: [R, γ] int64. confidence_logits: [R, γ] float32, before the sigmoid; None without the head."""
+
+    token_ids: Tensor
+    confidence_logits: Tensor | None
+
+
+class DSparkModel:
+    """Backbone, heads and the target's shared parts. Holds no state of rows."""
+
+    def __init__(self, weights: DrafterWeights, parts: TargetParts, *, where: str) -> None:
+        config = weights.config
+        self.config = config
+        self._parts = parts
+        self.vocabulary = DraftVocabulary(config.vocab_size, weights.token_ids)
+        self._backbone = Backbone(config, weights.tensors, linear=parts.linear)
+        self._markov = markov_head(config, weights.tensors, linear=parts.linear)
+        self._confidence = confidence_head(config, weights.tensors)
+        self._own_head = self._reduced_head(weights)
+        # A block that starts at the last position of the context ends this far behind it.
+        num_positions = parts.max_context + config.block_size
+        self._cos, self._sin = parts.rope_table(
+            config.rope, head_dim=config.head_dim, num_positions=num_positions, where=where
+        )
+
+    def extend(self, cache: ContextCache, rows: Sequence[RowContext]) -> None:
+        """Project the waiting features of all rows in one pass and keep the keys and values."""
+        behind = [row for row in rows if row.num_pending]
+        if not behind:
+            return
+        positions = [p for row in behind for p in range(row.length, row.num_known)]
+        places = [row.start + p for row in behind for p in range(row.length, row.num_known)]
+        index = torch.tensor([positions, places]).to(self._parts.device)
+        features = torch.cat(cache.take_pending(behind)).to(self._parts.dtype)
+        for first in range(0, features.shape[0], _MAX_TOKENS_AT_ONCE):
+            part = slice(first, first + _MAX_TOKENS_AT_ONCE)
+            at = index[0, part]
+            k, v = self._backbone.context(features[part], self._cos[at], self._sin[at])
+            cache.k.index_copy_(2, index[1, part], k.transpose(1, 2))
+            cache.v.index_copy_(2, index[1, part], v.transpose(1, 2))
+
+    def hidden(self, cache: ContextCache, rows: Sequence[RowContext], anchors: Sequence[int]) -> Tensor:
+        """[R, γ, H]: the backbone's output at the slots that predict a token.
+
+        Each row's context ends just before its anchor, so ``row.length`` is the anchor's position.
+        """
+        config, size = self.config, self.config.block_size
+        device = self._parts.device
+        lengths = torch.tensor([row.length for row in rows]).to(device)
+        token_ids = torch.full((len(rows), size), config.mask_token_id, device=device)
+        token_ids[:, 0] = torch.tensor(anchors).to(device)
+        positions = (lengths[:, None] + torch.arange(size, device=device)).flatten()
+        x = self._parts.embed(token_ids.flatten())
+        out = self._backbone.blocks(x, self._cos[positions], self._sin[positions], BlockAttention(config, cache, rows))
+        return out.view(len(rows), size, -1)[:, config.first_slot :]
+
+    def draft(self, hidden: Tensor, anchors: Tensor, draw: DrawSlot) -> Drafted:
+        """Left to right over the slots, all rows at once. hidden: [R, γ, H]; anchors: [R] int64."""
+        num_rows, num_slots, _ = hidden.shape
+        base = self.logits(hidden.flatten(0, 1)).view(num_rows, num_slots, -1)
+        previous, state = anchors, None
+        drafted, embedded = [], []
+        for slot in range(num_slots):
+            logits = base[:, slot]
+            if self._markov is not None:
+                embedding = self._markov.embed(previous)
+                bias, state = self._markov.bias(embedding, hidden[:, slot], state)
+                logits = logits + bias.float()
+                embedded.append(embedding)
+            previous = draw(logits, slot)
+            drafted.append(previous)
+        confidence = None
+        if self._confidence is not None:
+            confidence = self._confidence.logits(hidden, torch.stack(embedded, dim=1) if embedded else None)
+        return Drafted(torch.stack(drafted, dim=1), confidence)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[N, H] -> [N, Vd] float32, without the sequential head's bias."""
+        return self._parts.logits(hidden) if self._own_head is None else self._own_head(hidden).float()
+
+    def _reduced_head(self, weights: DrafterWeights) -> LinearOp | None:
+        if weights.token_ids is None:
+            return None
+        own = weights.tensors.get(HEAD)
+        return self._parts.linear(head_rows(self._parts, weights.token_ids) if own is None else own)

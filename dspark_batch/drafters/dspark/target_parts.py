@@ -1,0 +1,85 @@
+"""What a DSpark drafter shares with its target. The engine hands it in, so that drafters know no model code."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+LinearOp = Callable[[Tensor], Tensor]
+"""[T, in] -> [T, out]"""
+
+MakeLinear = Callable[[Tensor], LinearOp]
+"""From a weight [out, in] to its product, in the layout that the device multiplies fastest."""
+
+
+class TargetParts(Protocol):
+    """The frozen embedding and head of the target, and its facts. ``models.draft_parts`` has the real one."""
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    @property
+    def hidden_size(self) -> int: ...
+
+    @property
+    def num_layers(self) -> int: ...
+
+    @property
+    def max_context(self) -> int: ...
+
+    @property
+    def num_kv_tokens(self) -> int:
+        """Tokens that the target's KV pool holds in all: no more can be in flight, shared prefixes apart."""
+        ...
+
+    @property
+    def fingerprint(self) -> str: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def embed(self, token_ids: Tensor) -> Tensor:
+        """[T] int64 -> [T, H] in the target's dtype."""
+        ...
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[N, H] -> [N, V] float32: the target's head without its final norm."""
+        ...
+
+    def linear(self, weight: Tensor) -> LinearOp:
+        """The product with ``weight`` [out, in], which is already on the device and in the dtype."""
+        ...
+
+    def rope_table(
+        self, fields: Mapping[str, object], *, head_dim: int, num_positions: int, where: str
+    ) -> tuple[Tensor, Tensor]:
+        """cos and sin, [num_positions, D/2] each, of a checkpoint's position embeddings.
+
+        Raises:
+            ModelError: the fields are missing, senseless or of an unknown kind.
+        """
+        ...
+
+
+def head_rows(parts: TargetParts, token_ids: Tensor) -> Tensor:
+    """Rows [len(token_ids), H] of the target's head, in its dtype.
+
+    Read through the head itself: its product with a unit vector is one column of its weight, exactly, whatever layout
+    the head is kept in.
+    """
+    columns = []
+    for start in range(0, parts.hidden_size, _UNITS_AT_ONCE):
+        width = min(_UNITS_AT_ONCE, parts.hidden_size - start)
+        units = torch.zeros(width, parts.hidden_size, dtype=parts.dtype, device=parts.device)
+        units[:, start : start + width].fill_diagonal_(1.0)
+        columns.append(parts.logits(units)[:, token_ids].T.to(parts.dtype))
+    return torch.cat(columns, dim=1).contiguous()
+
+
+_UNITS_AT_ONCE = 64

@@ -1,0 +1,74 @@
+"""A loaded target's embedding, head and facts, for drafters that share them (``drafters.dspark.target_parts``)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from dspark_batch.models.linear import Linear
+from dspark_batch.models.rope import rope_table
+from dspark_batch.models.rope_spec import rope_spec
+from dspark_batch.models.runner import TargetRunner
+
+
+class RunnerParts:
+    """Fulfils ``drafters.dspark.target_parts.TargetParts`` for a :class:`TargetRunner`."""
+
+    def __init__(self, target: TargetRunner, *, fingerprint: str) -> None:
+        self._target = target
+        self.fingerprint = fingerprint
+
+    @property
+    def vocab_size(self) -> int:
+        return self._target.vocab_size
+
+    @property
+    def hidden_size(self) -> int:
+        return self._target.spec.hidden_size
+
+    @property
+    def num_layers(self) -> int:
+        return self._target.spec.num_layers
+
+    @property
+    def max_context(self) -> int:
+        return self._target.max_context
+
+    @property
+    def num_kv_tokens(self) -> int:
+        return self._target.kv.num_total_tokens
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._target.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self._target.device
+
+    def embed(self, token_ids: Tensor) -> Tensor:
+        """[T] int64 -> [T, H]"""
+        return self._target.decoder.embed(token_ids)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[N, H] -> [N, V] float32"""
+        return self._target.logits(hidden)
+
+    def linear(self, weight: Tensor) -> Linear:
+        """The product with ``weight`` [out, in], in the layout that the device multiplies fastest."""
+        return Linear(weight)
+
+    def rope_table(
+        self, fields: Mapping[str, object], *, head_dim: int, num_positions: int, where: str
+    ) -> tuple[Tensor, Tensor]:
+        """cos and sin, [num_positions, D/2] each.
+
+        Raises:
+            ModelError: the fields are missing or senseless.
+            UnsupportedModelError: an unknown kind of position embedding.
+        """
+        spec, _ = rope_spec(fields, where=where)
+        table = rope_table(spec, head_dim=head_dim, num_positions=num_positions, dtype=self.dtype, device=self.device)
+        return table.cos, table.sin
