@@ -29,6 +29,7 @@ class ErrorCode(StrEnum):
     EMPTY_PROMPT = "empty_prompt"
     TEMPLATE_ERROR = "template_error"
     INVALID_TOKEN_IDS = "invalid_token_ids"
+    INVALID_SAMPLING = "invalid_sampling"
     PROMPT_TOO_LONG = "prompt_too_long"
     UNDECODABLE_TEXT = "undecodable_text"
     NON_FINITE_LOGITS = "non_finite_logits"

@@ -1,0 +1,82 @@
+"""The same texts as the local backend's, through every way in and for any partitioning."""
+
+from __future__ import annotations
+
+import pytest
+
+from dspark_batch.spark import generate, generate_udf, register, register_table_function
+from dspark_batch.testing.counting_engine import EngineFolder
+from dspark_batch.testing.spark_rows import SCHEMA, TEMPLATE, job_values, local_texts, review_rows
+
+pytestmark = pytest.mark.spark
+
+GREEDY = {"temperature": 0.0}
+HOT = {"temperature": 0.8, "seed": 11}
+
+
+@pytest.fixture(scope="module")
+def reviews(spark):
+    frame = spark.createDataFrame(review_rows(), SCHEMA)
+    frame.createOrReplaceTempView("reviews")
+    return frame
+
+
+@pytest.fixture(scope="module")
+def module_engine(tmp_path_factory) -> EngineFolder:
+    return EngineFolder.make(tmp_path_factory.mktemp("engine"))
+
+
+@pytest.fixture(scope="module", params=[GREEDY, HOT], ids=["greedy", "hot"])
+def sampling(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory, module_engine, sampling):
+    return local_texts(tmp_path_factory.mktemp("local") / "run", target=module_engine.path, **sampling)
+
+
+def texts(frame) -> dict[int, str | None]:
+    rows = frame.select("review_id", "text").collect()
+    found = {row.review_id: row.text for row in rows}
+    assert len(found) == len(rows)
+    return found
+
+
+@pytest.mark.parametrize(("num_partitions", "process"), [(1, "worker"), (5, "worker"), (3, "sidecar")])
+def test_generate_gives_the_local_backends_texts(
+    reviews, module_engine, sampling, expected, num_partitions, process
+) -> None:
+    config = {**job_values(module_engine.path, **sampling), "spark": {"engine_process": process, "rows_per_chunk": 9}}
+    frame = generate(reviews.repartition(num_partitions), config, prompt=TEMPLATE, id="review_id")
+    assert texts(frame) == expected
+
+
+def test_the_column_function_gives_the_local_backends_texts(reviews, module_engine, sampling, expected) -> None:
+    from pyspark.sql.functions import concat, lit
+
+    udf = generate_udf(job_values(module_engine.path, **sampling))
+    prompt = concat(lit("Summarise: "), "body")
+    frame = reviews.repartition(3).withColumn("r", udf(prompt, "review_id")).select("review_id", "r.text")
+    assert texts(frame) == expected
+
+
+def test_the_sql_function_gives_the_local_backends_texts(spark, reviews, module_engine, sampling, expected) -> None:
+    register(spark, "dspark_generate", job_values(module_engine.path))
+    seed = sampling.get("seed", 0)
+    frame = spark.sql(
+        "SELECT review_id, dspark_generate('Summarise: ' || body, id => CAST(review_id AS STRING), "
+        f"temperature => {sampling['temperature']}D, seed => {seed}).text AS text FROM reviews"
+    )
+    assert texts(frame) == expected
+
+
+def test_the_table_function_gives_the_local_backends_texts(spark, reviews, module_engine, sampling, expected) -> None:
+    register_table_function(spark, "dspark_generate_table", job_values(module_engine.path))
+    seed = sampling.get("seed", 0)
+    frame = spark.sql(
+        f"SELECT * FROM dspark_generate_table(TABLE(reviews), prompt => '{TEMPLATE}', id => 'review_id', "
+        f"temperature => {sampling['temperature']}D, seed => {seed})"
+    )
+    assert frame.columns[:4] == ["review_id", "body", "stars", "text"]
+    assert texts(frame) == expected
