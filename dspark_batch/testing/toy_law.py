@@ -66,7 +66,7 @@ def round_law(
         alive = torch.full((len(rows),), accepted).minimum(slots.num_slots)
         weight = decision.weight.gather(1, alive.unsqueeze(1)).squeeze(1)
         left = residual_weights(slots, alive, weight, p, q).numpy()
-        left = left / left.sum(1, keepdims=True)
+        left = left / np.maximum(left.sum(1, keepdims=True), np.finfo(np.float64).tiny)
         for r, x in enumerate(rows):
             if accepted > num_slots[r]:
                 continue

@@ -14,6 +14,9 @@ from torch import Tensor
 from dspark_batch.verification.rejection import Decision, RejectionNoise, Slots, emit, token_probs
 from dspark_batch.verification.rejection_verifier import RejectionVerifier
 
+_CHUNK_ELEMENTS = 2**22
+"""Probabilities handled at a time; bounds the scratch."""
+
 
 def block_decision(slots: Slots, target_probs: Tensor, draft_probs: Tensor | None) -> Decision:
     """Thresholds h_1 .. h_l, [R, K]; weight[:, i] = P_i."""
@@ -47,9 +50,14 @@ def _fill_sampled_mass(mass: Tensor, slots: Slots, before: Tensor, target_probs:
     sampled = slots.used & (slots.draft_row >= 0).unsqueeze(1)
     offsets = torch.arange(mass.shape[1], device=mass.device)
     p_rows = (slots.target_row.unsqueeze(1) + offsets)[sampled]
-    excess = target_probs[p_rows] * before[sampled].to(target_probs.dtype).unsqueeze(1)
-    excess -= draft_probs
-    mass[sampled] = excess.clamp_min_(0.0).sum(1).double()
+    ratio = before[sampled].to(target_probs.dtype).unsqueeze(1)
+    sums = torch.empty_like(ratio)
+    step = max(1, _CHUNK_ELEMENTS // target_probs.shape[1])
+    for first in range(0, len(p_rows), step):
+        part = slice(first, first + step)
+        excess = target_probs[p_rows[part]].mul_(ratio[part]).sub_(draft_probs[part])
+        sums[part] = excess.clamp_min_(0.0).sum(1, keepdim=True)
+    mass[sampled] = sums.squeeze(1).double()
 
 
 def verify_block_slots(

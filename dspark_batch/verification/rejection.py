@@ -89,19 +89,21 @@ def residual_weights(
 ) -> Tensor:
     """The unnormalised law of the token after ``num_accepted`` [R] drafts, [R, V] in the dtype of ``target_probs``.
 
-    weight: [R] factor of p. After a row's last slot it is p itself. A residual that vanished in rounding becomes p.
+    weight: [R] factor of p. After a row's last slot it is p itself. Where the residual of a sampled draft vanished in
+    rounding it is p too; that of a one-hot draft vanishes only where the draft cannot be rejected.
     """
-    p = target_probs[slots.target_row + num_accepted]
+    at = slots.target_row + num_accepted
+    out = target_probs[at]
     rejected = num_accepted < slots.num_slots
-    out = p.clone()
     one_hot = (rejected & (slots.draft_row < 0)).nonzero().squeeze(1)
     out[one_hot, slots.token_ids[one_hot, num_accepted[one_hot]]] = 0.0
     if draft_probs is not None:
         sampled = (rejected & (slots.draft_row >= 0)).nonzero().squeeze(1)
-        q = draft_probs[slots.draft_row[sampled] + num_accepted[sampled]]
-        out[sampled] = torch.clamp_min(p[sampled] * weight[sampled].to(p.dtype).unsqueeze(1) - q, 0.0)
-    vanished = (out.amax(1) <= 0).nonzero().squeeze(1)
-    out[vanished] = p[vanished]
+        left = out[sampled].mul_(weight[sampled].to(out.dtype).unsqueeze(1))
+        left.sub_(draft_probs[slots.draft_row[sampled] + num_accepted[sampled]]).clamp_min_(0.0)
+        vanished = (left.amax(1) <= 0).nonzero().squeeze(1)
+        left[vanished] = target_probs[at[sampled[vanished]]]
+        out[sampled] = left
     return out
 
 
@@ -112,9 +114,10 @@ def sample_inverse_cdf(weights: Tensor, uniforms: Tensor) -> Tensor:
     an index of weight 0 is never drawn.
     """
     cdf = weights.cumsum(-1, dtype=torch.float64)
-    goal = (uniforms * cdf[:, -1]).unsqueeze(-1)
-    last = weights.shape[-1] - 1 - (weights.flip(-1) > 0).int().argmax(-1)
-    return torch.minimum(torch.searchsorted(cdf, goal, right=True).squeeze(-1), last)
+    total = cdf[:, -1]
+    # A goal below the total keeps rounding from running past the last token that has weight.
+    goal = torch.minimum(uniforms * total, total.nextafter(torch.zeros_like(total)))
+    return torch.searchsorted(cdf, goal.unsqueeze(-1), right=True).squeeze(-1)
 
 
 def emit(
