@@ -26,7 +26,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.timeout(400)]
 
 ROOT = Path(__file__).parents[2]
 SEED = 20261123
-NUM_ROWS = 300
+NUM_ROWS = 240
 ROWS_PER_SHARD = 5
 KILLS = ["driver"] * 4 + ["actor"] * 6
 STEP_DELAY_S = 0.15
@@ -120,9 +120,9 @@ def random_moment(cluster: Cluster, rng: random.Random) -> None:
     """After some seconds of the process, or a moment after some more commits."""
     driver = cluster.running_driver()
     if rng.random() < 0.3:
-        time.sleep(rng.uniform(0.0, 6.0))
+        time.sleep(rng.uniform(0.0, 5.0))
         return
-    goal = cluster.num_commits() + rng.randint(1, 4)
+    goal = cluster.num_commits() + rng.randint(1, 3)
     wait_for(
         lambda: cluster.num_commits() >= goal or driver.poll() is not None, what=f"{goal} commits", cluster=cluster
     )
