@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import repeat
 from typing import Any
 
 import jinja2
 import pyarrow as pa
-from jinja2 import meta
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from dspark_batch.batch.schema import missing_columns
+from dspark_batch.batch.templates import CompiledTemplate
 from dspark_batch.core import ErrorCode, Message, Request, RowError, SamplingParams
 from dspark_batch.errors import ConfigError, Problem
 from dspark_batch.job.config import PromptSection
@@ -36,7 +36,7 @@ class PromptRenderer:
 
     With ``chat`` auto or always and a checkpoint that has a chat template, the system text and the rendered template
     become a system and a user message. Else the prompt is raw text: the system text, an empty line, the template.
-    Templates see the row's columns as variables and nothing else; ``range`` is limited by the sandbox.
+    Templates see the row's columns as variables and nothing else; arithmetic, ``range`` and the length are bounded.
 
     Raises:
         ConfigError: a template does not parse or names a column that the input lacks, the token id column is missing
@@ -53,21 +53,20 @@ class PromptRenderer:
             )
         if problems:
             raise ConfigError(problems)
-        environment = _environment()
         self._sampling = sampling
         self._token_ids = section.token_ids
-        self._template = None if section.template is None else environment.from_string(section.template)
-        self._system = None if section.system is None else environment.from_string(section.system)
+        self._template = None if section.template is None else CompiledTemplate(section.template)
+        self._system = None if section.system is None else CompiledTemplate(section.system)
         self._as_chat = has_chat_template and section.chat != "never"
-        self._template_columns = _referenced(section.template)
         self.columns = prompt_columns(section)
 
     def render_table(self, table: pa.Table, *, ids: tuple[str, ...]) -> Iterator[_Outcome]:
         """The request, or the reason why there is none, of every row in order. Never raises for a row."""
         used = [_python_values(table.column(name)) for name in self.columns]
-        for index, row_id in enumerate(ids):
-            row = {name: values[index] for name, values in zip(self.columns, used, strict=True)}
-            yield self.render(row, row_id=row_id)
+        names = self.columns
+        rows = zip(*used, strict=True) if used else repeat(())
+        for row_id, values in zip(ids, rows, strict=False):
+            yield self.render(dict(zip(names, values, strict=True)), row_id=row_id)
 
     def render(self, row: Mapping[str, object], *, row_id: str) -> _Outcome:
         """The request of one row (column name to Python value; only ``columns`` are looked at)."""
@@ -80,7 +79,7 @@ class PromptRenderer:
 
     def _from_template(self, row: Mapping[str, object], *, row_id: str) -> _Outcome:
         assert self._template is not None
-        names = self._template_columns
+        names = self._template.columns
         if names and all(row[name] is None for name in names):
             return RowError(code=ErrorCode.NULL_PROMPT, message=f"NULL in column {', '.join(names)}")
         user = _rendered(self._template, row, field="prompt.template")
@@ -118,13 +117,13 @@ def check_prompt(section: PromptSection, *, input_schema: pa.Schema) -> list[Pro
         if text is None:
             continue
         try:
-            _environment().from_string(text)
+            columns = CompiledTemplate(text).columns
         except jinja2.TemplateSyntaxError as error:
             problems.append(
                 Problem(field, f"does not parse as a Jinja2 template: {error.message} (line {error.lineno})")
             )
             continue
-        problems += missing_columns(field, _referenced(text), schema=input_schema)
+        problems += missing_columns(field, columns, schema=input_schema)
     if section.token_ids is not None:
         problems += _check_token_ids(section.token_ids, schema=input_schema)
     return problems
@@ -136,23 +135,13 @@ def prompt_columns(section: PromptSection) -> tuple[str, ...]:
         return (section.token_ids,)
     names: set[str] = set()
     for text in (section.template, section.system):
+        if text is None:
+            continue
         try:
-            names.update(_referenced(text))
+            names.update(CompiledTemplate(text).columns)
         except jinja2.TemplateSyntaxError:
             continue
     return tuple(sorted(names))
-
-
-def _environment() -> ImmutableSandboxedEnvironment:
-    return ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
-
-
-def _referenced(text: str | None) -> tuple[str, ...]:
-    if text is None:
-        return ()
-    environment = _environment()
-    names = meta.find_undeclared_variables(environment.parse(text))
-    return tuple(sorted(names - set(environment.globals)))
 
 
 def _check_token_ids(name: str, *, schema: pa.Schema) -> list[Problem]:
@@ -166,11 +155,13 @@ def _check_token_ids(name: str, *, schema: pa.Schema) -> list[Problem]:
     return [Problem("prompt.token_ids", f"column {name!r} has type {kind}; it must be a list of integers")]
 
 
-def _rendered(template: jinja2.Template, row: Mapping[str, object], *, field: str) -> str | RowError:
+def _rendered(template: CompiledTemplate, row: Mapping[str, object], *, field: str) -> str | RowError:
     try:
         text = template.render(row)
     except Exception as error:
         return RowError(code=ErrorCode.TEMPLATE_ERROR, message=f"{field}: {type(error).__name__}: {error}")
+    if text.isascii():
+        return text
     try:
         text.encode()
     except UnicodeEncodeError as error:

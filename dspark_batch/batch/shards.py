@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs
@@ -154,18 +155,23 @@ def _parquet_shards(found: InputFiles, file: InputFile, *, max_rows: int) -> tup
 
 
 def cut_groups(group_rows: Sequence[int], *, max_rows: int) -> Iterator[tuple[int, int]]:
-    """Row ranges (start, stop) of at most ``max_rows`` rows over row groups: small groups together, large ones cut."""
-    start = stop = 0
-    for num_rows in group_rows:
-        if stop - start + num_rows > max_rows and stop > start:
-            yield start, stop
-            start = stop
-        stop += num_rows
-        while stop - start > max_rows:
-            yield start, start + max_rows
-            start += max_rows
-    if stop > start:
+    """Row ranges (start, stop) of at most ``max_rows`` rows over row groups, as few as possible and about equal.
+
+    A cut moves to the nearest end of a row group where one lies within a quarter of a range.
+    """
+    ends = np.cumsum(np.asarray(group_rows, dtype=np.int64))
+    total = int(ends[-1]) if len(ends) else 0
+    start = 0
+    while start < total:
+        left = total - start
+        size = -(-left // -(-left // max_rows))
+        stop = start + size
+        place = int(np.searchsorted(ends, stop))
+        near = [int(end) for end in ends[max(place - 1, 0) : place + 1]]
+        near = [end for end in near if abs(end - stop) <= size // 4 and start < end <= start + max_rows]
+        stop = min(near, key=lambda end: (abs(end - stop), end)) if near else stop
         yield start, stop
+        start = stop
 
 
 def _jsonl_shards(found: InputFiles, file: InputFile, *, max_rows: int) -> tuple[pa.Schema, list[Shard]]:

@@ -10,6 +10,7 @@ import pyarrow as pa
 
 from dspark_batch.batch.contract import RowEngine
 from dspark_batch.batch.dedupe import Deduper
+from dspark_batch.batch.ordering import feed_order
 from dspark_batch.batch.prompts import PromptRenderer, check_prompt
 from dspark_batch.batch.results import ShardResult, assemble
 from dspark_batch.batch.rows import ShardInput, check_id_column
@@ -25,12 +26,12 @@ QUEUE_FACTOR = 2
 class _OpenShard:
     """A shard whose rows are being generated."""
 
-    def __init__(self, shard: ShardInput, *, outcomes: Iterator[Request | RowError]) -> None:
+    def __init__(self, shard: ShardInput, *, outcomes: Sequence[Request | RowError]) -> None:
         self.input = shard
         self.rows: list[tuple[Result, ...] | None] = [None] * shard.table.num_rows
         self.num_missing = shard.table.num_rows
         self.num_copied_rows = 0
-        self.unfed = enumerate(outcomes)
+        self.unfed = iter([(row, outcomes[row]) for row in feed_order(outcomes)])
 
     def put(self, row: int, results: tuple[Result, ...]) -> None:
         assert self.rows[row] is None, f"shard {self.input.key}: row {row} came out twice"
@@ -108,9 +109,9 @@ class BatchWorker:
             yield from self.take_finished()
 
     def open(self, shard: ShardInput) -> None:
-        """Take a shard's rows into the queue and fill the engine from it."""
+        """Take a shard's rows into the queue, in the order that suits the engine, and fill the engine from it."""
         assert shard.key not in self._open, f"shard {shard.key} is open already"
-        outcomes = self._renderer.render_table(shard.table, ids=shard.ids)
+        outcomes = list(self._renderer.render_table(shard.table, ids=shard.ids))
         opened = _OpenShard(shard, outcomes=outcomes)
         self._open[shard.key] = opened
         self._feeding.append(opened)

@@ -103,7 +103,7 @@ class SamplingSection(Section):
 
 class OutputSection(Section):
     path: str = Field(description="folder of the run: one Parquet file per shard, manifest and reports in _dspark")
-    column: str = Field(default="text", description="name of the generated column")
+    column: str = Field(default="generated", description="name of the generated column")
     mode: OutputMode = "resume"
     token_ids: bool = Field(default=False, description="also write the generated token ids")
 

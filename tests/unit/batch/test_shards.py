@@ -64,10 +64,27 @@ def test_parquet_shards_hold_every_row_once_in_order_with_its_place(make_config,
     reader.close()
 
 
-def test_small_row_groups_are_joined_and_large_ones_cut():
+def test_cuts_are_even_and_keep_to_row_groups_that_end_nearby():
     assert list(cut_groups([4, 4, 4, 0, 3], max_rows=8)) == [(0, 8), (8, 15)]
-    assert list(cut_groups([3, 20, 2], max_rows=8)) == [(0, 3), (3, 11), (11, 19), (19, 25)]
+    assert list(cut_groups([3, 20, 2], max_rows=8)) == [(0, 7), (7, 13), (13, 19), (19, 25)]
+    assert list(cut_groups([1100], max_rows=1024)) == [(0, 550), (550, 1100)]
+    assert list(cut_groups([1000, 100, 1000], max_rows=1024)) == [(0, 700), (700, 1400), (1400, 2100)]
+    assert list(cut_groups([500, 520, 490, 510], max_rows=1024)) == [(0, 1020), (1020, 2020)]
     assert list(cut_groups([0, 0], max_rows=8)) == []
+    assert list(cut_groups([], max_rows=8)) == []
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_cuts_cover_all_rows_without_slivers(seed):
+    rng = random.Random(seed)
+    groups = [rng.choice([0, 1, 3, 17, 40, 121]) for _ in range(rng.randrange(1, 30))]
+    max_rows = rng.choice([1, 7, 32, 100])
+    cuts = list(cut_groups(groups, max_rows=max_rows))
+    assert [start for start, _ in cuts] == [0, *(stop for _, stop in cuts)][: len(cuts)]
+    assert (cuts[-1][1] if cuts else 0) == sum(groups)
+    sizes = [stop - start for start, stop in cuts]
+    assert all(0 < size <= max_rows for size in sizes)
+    assert min(sizes, default=max_rows) >= min(max_rows, sum(groups)) // 3
 
 
 def test_plans_are_the_same_every_time_and_survive_json(tmp_path):

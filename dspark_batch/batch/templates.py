@@ -1,0 +1,114 @@
+"""Prompt templates: sandboxed, bounded Jinja2, and a fast path for templates that only insert columns."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jinja2
+from jinja2 import meta, nodes
+from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
+
+MAX_PROMPT_CHARS = 16 * 2**20
+"""Longest text that a template may render to; far above every model's context, far below what ends a process."""
+
+MAX_POWER_BITS = 4096
+
+
+class TooLongError(ValueError):
+    """A template rendered to more than ``MAX_PROMPT_CHARS`` characters."""
+
+
+class BoundedEnvironment(ImmutableSandboxedEnvironment):
+    """The sandbox, in which no arithmetic can run away with the process: results of ``**`` and ``*`` are bounded."""
+
+    intercepted_binops = frozenset({"**", "*", "%"})
+
+    def call_binop(self, context: jinja2.runtime.Context, operator: str, left: Any, right: Any) -> Any:
+        """Raises SecurityError where the result would be too large."""
+        if operator == "**" and _power_bits(left, right) > MAX_POWER_BITS:
+            raise SecurityError(f"{_short(left)} ** {_short(right)} is too large")
+        if operator == "*" and _product_length(left, right) > MAX_PROMPT_CHARS:
+            raise SecurityError(f"repeating a text or list {_short(left)} * {_short(right)} times is too much")
+        if operator == "%" and isinstance(left, str | bytes):
+            raise SecurityError("text % values is not allowed, as a width in it is not bounded; use ~ to join")
+        return super().call_binop(context, operator, left, right)
+
+
+class CompiledTemplate:
+    """One template over column values, in the order of ``columns``.
+
+    A template of plain text and bare ``{{ column }}`` is joined from its pieces, a few times faster than Jinja2 and
+    with the same text; ``use_fast_path=False`` renders it by Jinja2 as well, for comparison.
+
+    Raises:
+        jinja2.TemplateSyntaxError: the text does not parse.
+    """
+
+    def __init__(self, text: str, *, use_fast_path: bool = True) -> None:
+        environment = BoundedEnvironment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
+        tree = environment.parse(text)
+        self.columns = tuple(sorted(meta.find_undeclared_variables(tree) - set(environment.globals)))
+        self._template = environment.from_string(text)
+        self._pieces = _simple_pieces(tree, columns=self.columns) if use_fast_path else None
+
+    def render(self, row: Mapping[str, object]) -> str:
+        """The text for a row. Raises what the template raises, SecurityError and TooLongError."""
+        pieces = self._pieces
+        if pieces is None:
+            return self._render_slowly(row)
+        text = "".join([part if name is None else str(row[name]) for name, part in pieces])
+        return _bounded(text)
+
+    def _render_slowly(self, row: Mapping[str, object]) -> str:
+        context = self._template.new_context({name: row[name] for name in self.columns})
+        parts: list[str] = []
+        length = 0
+        for part in self._template.root_render_func(context):
+            parts.append(part)
+            length += len(part)
+            if length > MAX_PROMPT_CHARS:
+                break
+        return _bounded("".join(parts))
+
+
+def _simple_pieces(tree: nodes.Template, *, columns: tuple[str, ...]) -> list[tuple[str | None, str]] | None:
+    """(column, "") or (None, text) in order; None where the template does more than that."""
+    pieces: list[tuple[str | None, str]] = []
+    for statement in tree.body:
+        if not isinstance(statement, nodes.Output):
+            return None
+        for node in statement.nodes:
+            if isinstance(node, nodes.TemplateData):
+                pieces.append((None, node.data))
+            elif isinstance(node, nodes.Name) and node.name in columns:
+                pieces.append((node.name, ""))
+            else:
+                return None
+    return pieces
+
+
+def _bounded(text: str) -> str:
+    if len(text) > MAX_PROMPT_CHARS:
+        raise TooLongError(f"the text has more than {MAX_PROMPT_CHARS} characters")
+    return text
+
+
+def _power_bits(left: object, right: object) -> float:
+    if not isinstance(left, int) or not isinstance(right, int) or right < 0:
+        return 0
+    return max(abs(left).bit_length(), 1) * right
+
+
+def _product_length(left: object, right: object) -> int:
+    for value, count in ((left, right), (right, left)):
+        if isinstance(value, str | bytes | list | tuple) and isinstance(count, int):
+            return len(value) * max(count, 0)
+    return 0
+
+
+def _short(value: object) -> str:
+    if isinstance(value, int) and value.bit_length() > 64:
+        return f"<number of {value.bit_length()} bits>"
+    text = repr(value)
+    return text if len(text) <= 40 else text[:39] + "…"
