@@ -83,4 +83,6 @@ def native_decoder(spec: DecoderSpec, *, weights: DecoderWeights, kv: KVCache, r
     if not supports(dtype=kv.k.dtype, device=kv.k.device, widths=widths, head_dim=spec.head_dim):
         return None
     kernels = load_kernels()
-    return kernels and NativeDecoder(spec, weights=weights, kv=kv, rope=rope, kernels=kernels)
+    if kernels is None:
+        return None
+    return NativeDecoder(spec, weights=weights, kv=kv, rope=rope, kernels=kernels)

@@ -128,10 +128,9 @@ def oracle(case: Case, given: Tensors) -> tuple[Tensor, Tensor, Tensor]:
             v[:, cache_index(row, position)] = heads[flat, case.num_q_heads + case.num_kv_heads :]
             first = max(0, position + 1 - case.window) if case.window else 0
             seen = [cache_index(row, p) for p in range(first, position + 1)]
-            for h in range(case.num_q_heads):
-                keys, values = k[h // case.group, seen].double(), v[h // case.group, seen].double()
-                weights = torch.softmax(keys @ q[h].double() * case.head_dim**-0.5, dim=0)
-                out[flat, h] = weights @ values
+            grouped = q.double().view(case.num_kv_heads, case.group, case.head_dim)
+            scores = grouped @ k[:, seen].double().transpose(1, 2) * case.head_dim**-0.5
+            out[flat] = (scores.softmax(dim=-1) @ v[:, seen].double()).flatten(0, 1)
             flat += 1
     return out.flatten(1), k, v
 
@@ -143,6 +142,9 @@ def check(kernels: Kernels, case: Case, dtype: torch.dtype, *, seed: int = 0) ->
     torch.testing.assert_close(got.double(), want, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
     torch.testing.assert_close(given.k, want_k, rtol=1e-2, atol=1e-5, equal_nan=True)
     torch.testing.assert_close(given.v, want_v, rtol=0, atol=0, equal_nan=True)
+
+
+Rows = tuple[tuple[int, int, int, int, int], ...]
 
 
 def ragged(lengths: tuple[tuple[int, int], ...], *, seed: int = 0) -> tuple[Rows, int]:
