@@ -17,7 +17,9 @@ from torch import Tensor
 from dspark_batch.core import SamplingParams
 
 FIRST_WIDTH = 256
-"""Candidates looked at first where top-p or min-p limits the support; rows that need more look again, wider."""
+"""Least number of candidates looked at first where top-p or min-p limits the support."""
+
+_BLOCK = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,15 +63,11 @@ def limited_support(logits: Tensor, sampling: Sequence[SamplingParams]) -> Limit
     limits = _Limits.of(sampling, vocab_size, logits.device)
     total = _total_mass(logits, limits)
     found, complete = _look(logits, limits, total, width)
-    if complete.all():
+    if bool(complete.all()):
         return found
     again = (~complete).nonzero().squeeze(-1)
-    wider = min(vocab_size, width * 8)
-    while True:
-        extra, complete = _look(logits[again], limits.take(again), total[again], wider)
-        if wider == vocab_size or bool(complete.all()):
-            return _merge(found, extra, again)
-        wider = min(vocab_size, wider * 8)
+    extra, _ = _look(logits[again], limits.take(again), total[again], vocab_size)
+    return _merge(found, extra, again)
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,38 +98,68 @@ class _Limits:
 
 
 def _total_mass(logits: Tensor, limits: _Limits) -> Tensor:
-    """[M, 1] float64, sum over the vocabulary of exp(score - best score); used by rows without top-k only."""
+    """[M, 1] float64, sum over the vocabulary of exp(score - best score); 1 where no row has a top-p.
+
+    On the CPU row by row: the terms stay in the cache, and a row's sum does not depend on the rows beside it.
+    """
+    total = torch.ones(logits.shape[0], 1, dtype=torch.float64, device=logits.device)
     if not limits.any_top_p:
-        return torch.ones(logits.shape[0], 1, dtype=torch.float64, device=logits.device)
-    shifted = (logits - logits.amax(-1, keepdim=True)) / limits.temperature.float()
-    return shifted.exp_().sum(-1, keepdim=True, dtype=torch.float64)
+        return total
+    temperature = limits.temperature.float()
+    if logits.device.type != "cpu":
+        shifted = (logits - logits.amax(-1, keepdim=True)) / temperature
+        return shifted.exp_().sum(-1, keepdim=True, dtype=torch.float64)
+    for row, out, scale in zip(logits, total, temperature, strict=True):
+        out.copy_((row - row.amax()).div_(scale).exp_().sum())
+    return total
 
 
 def _look(logits: Tensor, limits: _Limits, total: Tensor, width: int) -> tuple[LimitedSupport, Tensor]:
-    """The support among the best ``width`` tokens, and per position whether no survivor can lie beyond them."""
+    """The support among the best tokens, at least ``width`` of them, and per position whether none is missing."""
     vocab_size = logits.shape[1]
-    values, token_ids = logits.topk(width, dim=-1)
+    values, token_ids = _best_tokens(logits, width)
     scores = values.double() / limits.temperature
-    in_reach = limits.top_k <= width
-    kth = values.gather(1, (limits.top_k - 1).clamp_(max=width - 1))
-    keep = (values >= kth) | ~in_reach
-    past_top_k = in_reach & (values[:, -1:] < kth)
-
-    mass = (scores - scores[:, :1]).exp_().mul_(keep)
-    limited = limits.top_k < vocab_size
-    norm = torch.where(limited, mass.sum(-1, keepdim=True), total)
-    before = mass.cumsum(-1) - mass
-    before = before.gather(1, _first_of_ties(values))
-    in_nucleus = before < limits.top_p * norm
-    above_floor = scores - scores[:, :1] >= limits.log_min_p
-    # A row without top-k is complete once the last candidate itself is cut by top-p or min-p.
-    last_cut = ~(in_nucleus & above_floor)[:, -1:]
-    complete = past_top_k | (last_cut & ~limited) | ~above_floor[:, -1:]
-    complete |= torch.full_like(complete, width == vocab_size)
-    keep &= in_nucleus & above_floor
+    # Every token that ties with the last candidate is a candidate too, so the k-th value settles top-k.
+    keep = values >= values.gather(1, limits.top_k.clamp(max=values.shape[1]) - 1)
+    keep &= values > -torch.inf
+    relative = scores - scores[:, :1]
+    mass = relative.exp().mul_(keep)
+    candidates = mass.sum(-1, keepdim=True)
+    has_top_k = limits.top_k < vocab_size
+    norm = torch.where(has_top_k, candidates, total)
+    before = (mass.cumsum(-1) - mass).gather(1, _first_of_ties(values))
+    above_floor = relative >= limits.log_min_p
+    # Tokens beyond the candidates come after all of their mass, and below the least of them.
+    complete = has_top_k | (candidates >= limits.top_p * norm) | ~above_floor[:, -1:]
+    complete |= torch.full_like(complete, width >= vocab_size)
+    keep &= (before < limits.top_p * norm) & above_floor
     keep[:, 0] = True
-    scores = scores.masked_fill_(~keep, -torch.inf)
-    return LimitedSupport(token_ids=token_ids, scores=scores), complete.squeeze(-1)
+    return LimitedSupport(token_ids=token_ids, scores=scores.masked_fill_(~keep, -torch.inf)), complete.squeeze(-1)
+
+
+def _best_tokens(logits: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """Values and ids [M, K], best first, of all tokens at or above some floor, at least ``width`` a position.
+
+    K is the longest; shorter positions are filled with -inf and token 0. The floor is the ``width``-th largest of
+    the maxima of blocks of tokens: as many tokens reach it, so it needs no search through the whole vocabulary.
+    """
+    vocab_size = logits.shape[1]
+    num_blocks = vocab_size // _BLOCK
+    if width >= num_blocks:
+        top = logits.sort(dim=-1, descending=True, stable=True)
+        return top.values, top.indices
+    maxima = logits[:, : num_blocks * _BLOCK].reshape(-1, num_blocks, _BLOCK).amax(-1)
+    floor = maxima.topk(width, dim=-1).values[:, -1:]
+    row, token = (logits >= floor).nonzero(as_tuple=True)
+    counts = torch.bincount(row, minlength=logits.shape[0])
+    longest = max(int(counts.max()), width)
+    column = torch.arange(len(row), device=row.device) - (counts.cumsum(0) - counts)[row]
+    values = logits.new_full((logits.shape[0], longest), -torch.inf)
+    token_ids = torch.zeros(values.shape, dtype=torch.int64, device=logits.device)
+    values[row, column] = logits[row, token]
+    token_ids[row, column] = token
+    values, order = values.sort(dim=-1, descending=True, stable=True)
+    return values, token_ids.gather(1, order)
 
 
 def _first_of_ties(values: Tensor) -> Tensor:
