@@ -1,0 +1,75 @@
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from dspark_batch.models.kernels import build as building
+from dspark_batch.models.kernels.library import Kernels, load_kernels
+
+
+@pytest.fixture(autouse=True)
+def _fresh() -> Iterator[None]:
+    load_kernels.cache_clear()
+    yield
+    load_kernels.cache_clear()
+
+
+def test_the_switch_turns_the_kernels_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(building.SWITCH_VARIABLE, "off")
+    assert load_kernels() is None
+
+
+def test_without_a_compiler_there_are_no_kernels_and_one_line_says_so(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.delenv(building.SWITCH_VARIABLE, raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with caplog.at_level(logging.WARNING):
+        assert load_kernels() is None
+        assert load_kernels() is None
+    assert [record.message.count("no C++ compiler") for record in caplog.records] == [1]
+
+
+def test_a_failed_compile_is_a_build_error_with_the_compilers_words(tmp_path: Path) -> None:
+    with pytest.raises(building.BuildError, match="no-such-flag"):
+        building.build(extra_flags=("-fno-such-flag-as-this", "--no-such-flag"), directory=tmp_path)
+    assert not list((tmp_path / "kernels").glob("*.so"))
+
+
+def test_an_unwritable_cache_names_the_variable_to_set(tmp_path: Path) -> None:
+    (tmp_path / "kernels").write_text("a file where the folder should be")
+    with pytest.raises(building.BuildError, match=building.CACHE_VARIABLE):
+        building.build(directory=tmp_path)
+
+
+def test_a_damaged_library_is_a_build_error(tmp_path: Path) -> None:
+    file = tmp_path / "kernels.so"
+    file.write_bytes(b"not a library")
+    with pytest.raises(building.BuildError, match="delete it"):
+        Kernels(file)
+
+
+def test_the_library_uses_the_openmp_runtime_that_torch_loaded(kernels: Kernels) -> None:
+    """torch.set_num_threads reaches the kernels only through a common runtime."""
+    import torch
+
+    before = torch.get_num_threads()
+    for count in (1, 2):
+        torch.set_num_threads(count)
+        assert kernels.num_threads == count
+    torch.set_num_threads(before)
+    assert building.loaded_openmp().name.startswith(("libgomp", "libiomp5", "libomp"))
+
+
+def test_a_second_build_compiles_nothing(kernels: Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise AssertionError("compiled again")
+
+    monkeypatch.setattr(building, "_compile", refuse)
+    assert kernels.path.exists()
+    folder = kernels.path.parent.parent
+    assert building.build(directory=folder).parent == kernels.path.parent
