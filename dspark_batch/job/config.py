@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+import math
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -19,6 +20,10 @@ from dspark_batch.engine.config import (
 from dspark_batch.spark.config import SparkSection
 
 OutputMode = Literal["resume", "overwrite", "error"]
+
+
+AUTO_ROWS_IN_FLIGHT = 256
+"""Rows that one engine should have at hand, so that small shards do not leave its batch half empty."""
 
 
 class Section(BaseModel):
@@ -109,7 +114,7 @@ class OutputSection(Section):
 
 
 class EngineSection(Section):
-    backend: Literal["ray", "local"] = "ray"
+    backend: Literal["ray", "spark", "local"] = "ray"
     device: Device = "auto"
     max_concurrency: int | Auto = "auto"
     max_step_tokens: int = Field(default=2048, ge=16)
@@ -124,7 +129,9 @@ class RaySection(Section):
     actors: int = Field(default=1, ge=1)
     num_gpus: float | Auto = Field(default="auto", description="per actor; auto: 1 where the cluster has GPUs")
     num_cpus: float | Auto = Field(default="auto", description="per actor; auto: an even share of the cluster")
-    shards_in_flight: int = Field(default=2, ge=1, description="shards that one actor decodes together")
+    shards_in_flight: Annotated[int, Field(ge=1)] | Auto = Field(
+        default="auto", description="shards that one actor decodes together; auto: enough to fill its batch, 2 at least"
+    )
     load_timeout_s: float = Field(default=1800.0, gt=0, description="longest time to load the model plus one shard")
 
 
@@ -152,6 +159,13 @@ class JobConfig(Section):
     spark: SparkSection = Field(default_factory=SparkSection)
     shards: ShardSection = Field(default_factory=ShardSection)
     limits: LimitsSection = Field(default_factory=LimitsSection)
+
+    def shards_in_flight(self, *, num_shards: int) -> int:
+        """Shards that one engine decodes together, when ``num_shards`` are left for ``ray.actors`` engines."""
+        chosen = self.ray.shards_in_flight
+        if chosen == "auto":
+            chosen = max(2, math.ceil(AUTO_ROWS_IN_FLIGHT / self.shards.rows))
+        return max(1, min(chosen, math.ceil(num_shards / self.ray.actors)))
 
     def engine_config(self) -> EngineConfig:
         """The engine's settings out of the model, speculation and engine sections."""

@@ -112,9 +112,10 @@ def _resuming(config: JobConfig) -> JobConfig:
 
 
 def _check_backend(config: JobConfig) -> None:
-    if config.engine.backend == "ray" and find_spec("ray") is None:
-        message = "'ray' needs Ray, which is not installed; run: pip install 'dspark-batch[ray]', or use local"
-        raise ConfigError([Problem("engine.backend", message)])
+    for backend, library, name in (("ray", "ray", "Ray"), ("spark", "pyspark", "Spark")):
+        if config.engine.backend == backend and find_spec(library) is None:
+            message = f"{backend!r} needs {name}, which is not installed; run: pip install 'dspark-batch[{backend}]'"
+            raise ConfigError([Problem("engine.backend", f"{message}, or use local")])
 
 
 def _refuse_vanishing_output(config: JobConfig) -> None:

@@ -73,7 +73,7 @@ def _work(run: PreparedRun, left: Remaining, *, bounds: Bounds, retry_failed: bo
     with ExitStack() as stack:
         report = stack.enter_context(progress_report(work, stream=stream))
         report.say(f"{work.num_rows} rows in {work.num_shards} shards to do; loading {run.config.model.target}")
-        backend = stack.enter_context(_backend(run, retry_failed=retry_failed))
+        backend = stack.enter_context(_backend(run, num_shards=work.num_shards, retry_failed=retry_failed))
         stop = stack.enter_context(StopRequest())
         start_s = time.monotonic()
         ending = drive(backend, left.shards, done=done, whole=whole, bounds=bounds, report=report, stop=stop)
@@ -82,7 +82,7 @@ def _work(run: PreparedRun, left: Remaining, *, bounds: Bounds, retry_failed: bo
 
 
 @contextmanager
-def _backend(run: PreparedRun, *, retry_failed: bool) -> Iterator[Backend]:
+def _backend(run: PreparedRun, *, num_shards: int, retry_failed: bool) -> Iterator[Backend]:
     from dspark_batch.batch.executor import ShardExecutor, WorkerSpec
 
     spec = WorkerSpec(
@@ -95,7 +95,14 @@ def _backend(run: PreparedRun, *, retry_failed: bool) -> Iterator[Backend]:
     )
     if run.config.engine.backend == "local":
         with ShardExecutor(spec) as executor:
-            yield LocalBackend(executor.run, live=executor.live, shards_in_flight=run.config.ray.shards_in_flight)
+            yield LocalBackend(
+                executor.run, live=executor.live, shards_in_flight=run.config.shards_in_flight(num_shards=num_shards)
+            )
+        return
+    if run.config.engine.backend == "spark":
+        from dspark_batch.spark.backend import SparkBackend
+
+        yield SparkBackend(spec)
         return
     with _ray_backend(run, spec) as backend:
         yield backend

@@ -70,25 +70,33 @@ class RayBackend:
             spec=self._spec,
             section=self._section,
             share=self._share,
+            shards_in_flight=self._spec.config.shards_in_flight(num_shards=len(items)),
             control=self._control,
         )
 
 
 def shard_dataset(
-    descriptors: Dataset, *, spec: WorkerSpec, section: RaySection, share: ActorShare, control: Any
+    descriptors: Dataset,
+    *,
+    spec: WorkerSpec,
+    section: RaySection,
+    share: ActorShare,
+    shards_in_flight: int,
+    control: Any,
 ) -> Dataset:
     """The lazy dataset of manifest entries for a dataset of shard descriptors, one per block."""
-    in_flight = section.shards_in_flight
     return descriptors.map_batches(
         ShardActor,
         batch_size=1,
         batch_format="pyarrow",
         compute=ActorPoolStrategy(
-            size=section.actors, max_tasks_in_flight_per_actor=in_flight, max_concurrent_calls_per_actor=in_flight
+            size=section.actors,
+            max_tasks_in_flight_per_actor=shards_in_flight,
+            max_concurrent_calls_per_actor=shards_in_flight,
         ),
         fn_constructor_args=(spec,),
         fn_constructor_kwargs={
-            "shards_in_flight": in_flight,
+            "shards_in_flight": shards_in_flight,
             "num_threads": share.num_threads,
             "control": control,
         },

@@ -61,5 +61,6 @@ def write_job(folder: Path, table: pa.Table, *, rows_per_shard: int = 7) -> Job:
         "engine": {"backend": "local"},
         "sampling": {"temperature": 0.7},
         "shards": {"rows": rows_per_shard},
+        "ray": {"shards_in_flight": 2},
     }
     return job

@@ -117,3 +117,21 @@ def test_a_dumped_config_loads_to_the_same_config(tmp_path: Path) -> None:
     dumped = dump_config(config)
     assert load_config(write(tmp_path, dumped)) == config
     assert set(yaml.safe_load(dumped)) == set(JobConfig.model_fields)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "num_shards", "in_flight"),
+    [
+        ([], 100, 2),
+        (["shards.rows=16"], 100, 16),
+        (["shards.rows=16"], 6, 6),
+        (["shards.rows=16", "ray.actors=4"], 6, 2),
+        (["shards.rows=16", "ray.shards_in_flight=3"], 100, 3),
+        ([], 1, 1),
+    ],
+)
+def test_small_shards_are_decoded_together_but_shared_out_evenly(
+    tmp_path: Path, overrides: list[str], num_shards: int, in_flight: int
+) -> None:
+    config = load_config(write(tmp_path, MINIMAL), overrides=overrides)
+    assert config.shards_in_flight(num_shards=num_shards) == in_flight
