@@ -162,9 +162,8 @@ class JobConfig(Section):
 
     def shards_in_flight(self, *, num_shards: int) -> int:
         """Shards that one engine decodes together, when ``num_shards`` are left for ``ray.actors`` engines."""
-        chosen = self.ray.shards_in_flight
-        if chosen == "auto":
-            chosen = max(2, math.ceil(AUTO_ROWS_IN_FLIGHT / self.shards.rows))
+        enough = max(2, math.ceil(AUTO_ROWS_IN_FLIGHT / self.shards.rows))
+        chosen = enough if isinstance(self.ray.shards_in_flight, str) else self.ray.shards_in_flight
         return max(1, min(chosen, math.ceil(num_shards / self.ray.actors)))
 
     def engine_config(self) -> EngineConfig:
