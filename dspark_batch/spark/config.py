@@ -20,6 +20,9 @@ class SparkSection(BaseModel):
         "auto: sidecar where tasks are given GPUs, else worker",
     )
     rows_per_chunk: int = Field(default=64, ge=1, description="most rows that go to the engine, and come out, as one")
+    tasks: int | Literal["auto"] = Field(
+        default="auto", description="engine.backend spark: tasks among which the shards are dealt; auto: one per engine"
+    )
     on_speculation: Literal["warn", "refuse", "ignore"] = Field(
         default="warn", description="what to do under spark.speculation=true, which generates rows of slow tasks twice"
     )

@@ -68,6 +68,16 @@ class ProcessEngines:
         with self._lock:
             return _Borrowed(self._own(spec, found))
 
+    def close(self) -> None:
+        """Free the engine that this process holds, if any."""
+        with self._lock:
+            self._drop()
+
+    def _drop(self) -> None:
+        if self._cached is not None:
+            self._cached.host.close()
+            self._cached = None
+
     def _own(self, spec: EngineSpec, facts: TaskFacts) -> EngineHost:
         key = spec.fingerprint()
         if self._gpus not in (None, facts.gpus):
@@ -78,16 +88,10 @@ class ProcessEngines:
             )
         if self._cached is not None and self._cached.key == key and not self._cached.host.is_broken:
             return self._cached.host
-        if self._cached is not None:
-            self._cached.host.close()
-            self._cached = None
-        if facts.gpus:
-            os.environ[VISIBLE_DEVICES] = visible_devices(facts.gpus, inherited=os.environ.get(VISIBLE_DEVICES))
-            self._gpus = facts.gpus
-        num_threads = facts.num_cpus
-        if spec.config.threads == "auto" and "torch" not in sys.modules:
-            os.environ[NUM_THREADS] = str(num_threads)
-        host = EngineHost(_with_threads(spec.config, num_threads), factory=spec.factory)
+        self._drop()
+        prepare_process(spec.config, facts)
+        self._gpus = facts.gpus
+        host = EngineHost(_with_threads(spec.config, facts.num_cpus), factory=spec.factory)
         self._cached = _Cached(key, host)
         return self._cached.host
 
@@ -121,6 +125,14 @@ def task_facts() -> TaskFacts:
         num_cpus=num_usable_cores() if context is None else max(1, int(context.cpus())),
         executor_dir=os.environ.get("SPARK_LOCAL_DIRS", tempfile.gettempdir()).split(",")[0],
     )
+
+
+def prepare_process(config: EngineConfig, facts: TaskFacts) -> None:
+    """Set what the engine's libraries read when they load: the task's GPUs, and as many threads as it has cores."""
+    if facts.gpus:
+        os.environ[VISIBLE_DEVICES] = visible_devices(facts.gpus, inherited=os.environ.get(VISIBLE_DEVICES))
+    if config.threads == "auto" and "torch" not in sys.modules:
+        os.environ[NUM_THREADS] = str(facts.num_cpus)
 
 
 def uses_sidecar(spec: EngineSpec, facts: TaskFacts) -> bool:

@@ -48,4 +48,4 @@ def local_texts(folder: Path, *, target: Path, **sampling: Any) -> dict[int, str
     config.write_text(dump_config(config_from_values(values, source="test")))
     run_job(config)
     table = read_output(str(folder / "out"))
-    return dict(zip(table["review_id"].to_pylist(), table["text"].to_pylist(), strict=True))
+    return {row["review_id"]: row["text"] for row in table.select(["review_id", "text"]).to_pylist()}

@@ -1,0 +1,157 @@
+"""Whole tables through a job and back: nothing lost on the way, and every stage can be interrupted."""
+
+from __future__ import annotations
+
+import datetime as dt
+from decimal import Decimal
+
+import pytest
+from pyspark.sql import Row
+
+from dspark_batch.errors import ConfigError, OutputError
+from dspark_batch.spark import run_table
+from dspark_batch.spark import table as table_module
+from dspark_batch.testing.counting_engine import EngineFolder
+from dspark_batch.testing.spark_rows import job_values
+
+pytestmark = pytest.mark.spark
+
+SCHEMA = """
+  id long, body string, small int, amount decimal(12,3), day date, at timestamp, at_wall timestamp_ntz,
+  tags array<string>, place struct<city: string, geo: struct<lat: double, long: double>>,
+  counts map<string, int>, raw binary, ok boolean, ratio float, times array<timestamp>
+"""
+NUM_ROWS = 23
+
+
+def full_row(number: int) -> Row:
+    at = dt.datetime(2026, 3, 29, 0, 30, 0, 123456) + dt.timedelta(hours=number)
+    return Row(
+        number,
+        f"text {number} ünï",
+        number - 5,
+        Decimal(number) * Decimal("1234.567"),
+        dt.date(1969, 12, 25) + dt.timedelta(days=number),
+        at.replace(tzinfo=dt.UTC),
+        at,
+        [f"t{n}" for n in range(number % 3)] + [None],
+        Row("Köln", Row(50.9, None)),
+        {"a": number, "b": None},
+        bytes([number, 0, 255]),
+        number % 2 == 0,
+        number / 7,
+        [at.replace(tzinfo=dt.UTC), None],
+    )
+
+
+@pytest.fixture(scope="module")
+def source(spark):
+    null = (NUM_ROWS, "only the text", *([None] * 12))
+    frame = spark.createDataFrame([*map(full_row, range(NUM_ROWS)), null, (99, *([None] * 13))], SCHEMA)
+    frame.write.mode("overwrite").saveAsTable("wide_source")
+    return spark.table("wide_source")
+
+
+@pytest.fixture
+def table_job(engine: EngineFolder) -> dict:
+    return {**job_values(engine.path), "shards": {"rows": 5}, "limits": {"max_failed_fraction": 1.0}}
+
+
+@pytest.fixture
+def target(spark, request):
+    name = f"target_{abs(hash(request.node.name)) % 10**8}"
+    yield name
+    spark.sql(f"DROP TABLE IF EXISTS {name}")
+
+
+def generate_table(spark, target, config, staging, **kwargs):
+    return run_table(
+        spark,
+        "wide_source",
+        target,
+        config,
+        staging=str(staging),
+        backend="spark",
+        prompt="Say {{ body }}",
+        id="id",
+        **kwargs,
+    )
+
+
+def canonical(frame) -> list[str]:
+    return sorted(str(row.asDict(recursive=True)) for row in frame.collect())
+
+
+def test_a_table_comes_back_with_every_untouched_column_as_it_was(
+    spark, source, engine, table_job, target, tmp_path
+) -> None:
+    from pyspark.testing import assertDataFrameEqual
+
+    result = generate_table(spark, target, table_job, tmp_path / "staging")
+    untouched = result.select(*source.columns)
+    assert untouched.schema == source.schema
+    assertDataFrameEqual(untouched.drop("counts"), source.drop("counts"))
+    assert canonical(untouched) == canonical(source)
+    texts = {row.id: (row.text, row.error) for row in result.collect()}
+    assert texts[99][0] is None
+    assert texts[99][1].code == "null_prompt"
+    assert all(text for row_id, (text, _) in texts.items() if row_id != 99)
+    assert len(engine.rows()) == NUM_ROWS + 1
+    assert spark.conf.get("spark.sql.parquet.outputTimestampType") == "INT96"
+
+
+class InterruptedRunError(Exception):
+    """Stands for the end of the process."""
+
+
+@pytest.mark.parametrize("stage", ["_stage", "_run", "_land"])
+def test_a_run_that_is_killed_in_a_stage_resumes_there(
+    spark, source, engine, table_job, target, tmp_path, monkeypatch, stage
+) -> None:
+    def interrupted(*args, **kwargs):
+        raise InterruptedRunError
+
+    halves = {"_stage": (table_module.StagingFolder, "save"), "_run": (table_module, "_land")}
+    with monkeypatch.context() as patch:
+        if stage == "_land":
+            saves = []
+            save = table_module.StagingFolder.save
+            patch.setattr(
+                table_module.StagingFolder,
+                "save",
+                lambda self, stages: interrupted() if stages.is_landed else (saves.append(stages), save(self, stages)),
+            )
+        else:
+            patch.setattr(*halves[stage], interrupted)
+        with pytest.raises(InterruptedRunError):
+            generate_table(spark, target, table_job, tmp_path / "staging")
+    result = generate_table(spark, target, table_job, tmp_path / "staging")
+    assert canonical(result.select(*source.columns)) == canonical(source)
+    assert len(engine.rows()) == NUM_ROWS + 1
+    again = generate_table(spark, target, table_job, tmp_path / "staging")
+    assert again.count() == NUM_ROWS + 2
+    assert len(engine.rows()) == NUM_ROWS + 1
+
+
+def test_shards_that_a_dead_task_committed_are_not_generated_again(spark, source, engine, table_job, target, tmp_path):
+    EngineFolder.make(engine.path, die_once_after_rows=8, max_concurrency=2)
+    result = generate_table(spark, target, table_job, tmp_path / "staging")
+    assert canonical(result.select(*source.columns)) == canonical(source)
+    assert (engine.path / "died").exists()
+    assert NUM_ROWS + 1 < len(engine.rows()) < 2 * NUM_ROWS
+
+
+def test_an_existing_target_and_a_foreign_staging_folder_are_refused(
+    spark, source, table_job, target, tmp_path
+) -> None:
+    with pytest.raises(ConfigError, match="exists already"):
+        generate_table(spark, "wide_source", table_job, tmp_path / "staging")
+    generate_table(spark, target, table_job, tmp_path / "staging")
+    with pytest.raises(OutputError, match="begun with another target"):
+        generate_table(spark, f"{target}_other", table_job, tmp_path / "staging")
+
+
+def test_a_type_that_parquet_would_change_is_named(spark, table_job, tmp_path) -> None:
+    frame = spark.sql("SELECT 1 AS id, 'x' AS body, INTERVAL '2' DAY AS wait")
+    with pytest.raises(ConfigError, match="'wait' has type interval day"):
+        run_table(spark, frame, "never", table_job, staging=str(tmp_path), prompt="body", backend="spark")
