@@ -1,6 +1,7 @@
 // Threads and scratch memory. The OpenMP runtime is the one that the host process already has.
 #pragma once
 #include <omp.h>
+#include <sched.h>
 
 #include <atomic>
 #include <cstdint>
@@ -32,8 +33,20 @@ struct alignas(64) Counter {
   std::atomic<int> next{0};
 };
 
+inline void relax() {
+#if defined(__x86_64__) || defined(__i386__)
+  __builtin_ia32_pause();
+#else
+  std::atomic_signal_fence(std::memory_order_seq_cst);
+#endif
+}
+
 // One thread's view of a parallel region that is a sequence of phases, each with a loop of its own. All threads pass
 // through the same phases. Which thread runs which index never changes a result.
+//
+// A phase is over when its indexes are done, not when all threads have come: where other processes take a core away, the
+// threads that run do the whole work, and the absent one walks through finished phases later. (A barrier of all threads
+// costs a scheduler's time slice there, some 300 times a step.)
 class Team {
  public:
   Team(int id, int size, Counter* counters) : id_(id), size_(size), counters_(counters) {}
@@ -41,42 +54,61 @@ class Team {
   // Indexes 0 .. n-1 in order, each to whoever is free.
   template <class F>
   void share(int n, F&& f) {
-    Counter& counter = phase()[0];
-    for (int i; (i = counter.next.fetch_add(1, std::memory_order_relaxed)) < n;) f(i);
+    Counter* counters = phase(n);
+    int mine = 0;
+    for (int i; (i = counters[0].next.fetch_add(1, std::memory_order_relaxed)) < n; mine++) f(i);
+    finish(mine);
   }
 
   // A contiguous range for every thread; who is done early helps the others.
   template <class F>
   void share_ranges(int n, F&& f) {
-    Counter* counters = phase();
+    Counter* counters = phase(n);
+    int mine = 0;
     for (int s = 0; s < size_; s++) {
       int owner = (id_ + s) % size_, end = int(int64_t(owner + 1) * n / size_);
       int first = int(int64_t(owner) * n / size_);
-      for (int i; (i = first + counters[owner].next.fetch_add(1, std::memory_order_relaxed)) < end;) f(i);
+      for (int i; (i = first + counters[owner].next.fetch_add(1, std::memory_order_relaxed)) < end; mine++) f(i);
+    }
+    finish(mine);
+  }
+
+  // All indexes of the last phase are done, and what they wrote is visible.
+  void barrier() const {
+    if (!done_) return;
+    for (int spins = 0; done_->next.load(std::memory_order_acquire) < expected_; spins++) {
+      relax();
+      if (spins >= SPINS_BEFORE_YIELD) sched_yield();
     }
   }
 
-  // Everything before is done and visible.
-  void barrier() {
-    if (size_ > 1) {
-#pragma omp barrier
-    }
-  }
-
-  bool leads() const { return id_ == 0; }
   int size() const { return size_; }
 
+  // Of one phase: a counter for every thread's range, and one for the indexes that are done.
+  static constexpr size_t counters_of(size_t num_phases, size_t size) { return num_phases * (size + 1); }
+
  private:
-  Counter* phase() { return counters_ + size_t(phase_++) * size_; }
-  int id_, size_, phase_ = 0;
-  Counter* counters_;
+  static constexpr int SPINS_BEFORE_YIELD = 2000;
+
+  Counter* phase(int n) {
+    barrier();
+    Counter* counters = counters_ + counters_of(size_t(phase_++), size_t(size_));
+    done_ = counters + size_, expected_ = n;
+    return counters;
+  }
+  void finish(int mine) {
+    if (mine) done_->next.fetch_add(mine, std::memory_order_release);
+  }
+
+  int id_, size_, phase_ = 0, expected_ = 0;
+  Counter *counters_, *done_ = nullptr;
 };
 
 // Runs f(team) on every thread of the pool, or on this one alone where waking the others does not pay.
 template <class F>
 inline void run_team(bool worth_it, int num_phases, F&& f) {
   const int size = worth_it ? omp_get_max_threads() : 1;
-  std::vector<Counter> counters(size_t(num_phases) * size);
+  std::vector<Counter> counters(Team::counters_of(size_t(num_phases), size_t(size)));
   if (size == 1) {
     Team alone(0, 1, counters.data());
     return f(alone);

@@ -13,15 +13,12 @@ struct AttentionPhase {
   T *qkv, *k, *v;
 
   static constexpr int NUM_PHASES = 3;
-  // After the last phase the caller puts a barrier.
   void run(Team& team, const T* q_norm, const T* k_norm) const {
     const Plan& plan = a.plan;
     team.share_ranges(plan.num_tokens, [&](int t) { rotate_and_store(plan, t, qkv, rope, q_norm, k_norm, k, v); });
-    team.barrier();
     const int num = int(plan.items.size()), ahead = team.size();
     team.share(num, [&](int i) { a.run(plan.items[i], i + ahead < num ? &plan.items[i + ahead] : nullptr); });
     if (!plan.num_partials) return;
-    team.barrier();
     team.share_ranges(plan.num_tokens, [&](int t) { a.combine(t); });
   }
 };
@@ -85,7 +82,6 @@ class Step {
     Linear<T> linear{w, static_cast<const T*>(bias), n, k};
     team.share_ranges(int((n + TILE_N - 1) / TILE_N),
                       [&](int tile) { tile_product(linear, x, k, 0, m, tile, y, ldy, how); });
-    team.barrier();
   }
 
   // h = norm(x); the tap of the layer that x is the output of is copied on the way.
@@ -99,17 +95,16 @@ class Step {
       }
       if (h) rms_norm_row(from, static_cast<const T*>(weight), row(h, t, m_.hidden), int(m_.hidden), m_.eps);
     });
-    team.barrier();
   }
 
   // Rows of the kept tokens to the front; each moves down or stays, so one thread does it in place.
   void compact(Team& team, T* x, T* attended) const {
-    if (team.leads())
+    team.share(1, [&](int) {
       for (int64_t i = 0; i < s_.num_keep; i++) {
         std::memmove(row(x, i, m_.hidden), row(x, s_.keep[i], m_.hidden), sizeof(T) * m_.hidden);
         if (attended) std::memmove(row(attended, i, m_.q_width), row(attended, s_.keep[i], m_.q_width), sizeof(T) * m_.q_width);
       }
-    team.barrier();
+    });
   }
 
   void layers(Team& team) {
@@ -125,8 +120,7 @@ class Step {
       T *k = static_cast<T*>(a.k), *v = static_cast<T*>(a.v);
       AttentionPhase<T> attention{{p, qkv_, k, v, attended_, partials_}, {m_.cos, m_.sin}, qkv_, k, v};
       attention.run(team, static_cast<const T*>(a.q_norm), static_cast<const T*>(a.k_norm));
-      team.barrier();
-      if (l + 1 == m_.num_layers && compacts && !last_is_tapped) {
+        if (l + 1 == m_.num_layers && compacts && !last_is_tapped) {
         compact(team, x, attended_);
         tokens = s_.num_keep;
       }
