@@ -45,7 +45,6 @@ class Channel:
     def __init__(self, connection: socket.socket) -> None:
         self._socket = connection
         self._sending = threading.Lock()
-        self._reader = connection.makefile("rb")
 
     def send(self, frame: Frame) -> None:
         """Raises ConnectionLostError."""
@@ -60,7 +59,10 @@ class Channel:
 
     def receive(self, *, timeout_s: float | None = None) -> Frame:
         """The next frame. Raises ConnectionLostError at the end of the stream, and TimeoutError."""
-        self._socket.settimeout(timeout_s)
+        try:
+            self._socket.settimeout(timeout_s)
+        except OSError as error:
+            raise ConnectionLostError(str(error)) from error
         magic, header_bytes, body_bytes = _LENGTHS.unpack(self._read(_LENGTHS.size))
         if magic != _MAGIC or header_bytes > MAX_HEADER_BYTES or body_bytes > MAX_BODY_BYTES:
             raise ConnectionLostError("the other side does not speak this protocol")
@@ -75,15 +77,19 @@ class Channel:
             self._socket.shutdown(socket.SHUT_RDWR)
         self._socket.close()
 
-    def _read(self, num_bytes: int) -> bytes:
-        try:
-            data = self._reader.read(num_bytes)
-        except TimeoutError:
-            raise
-        except (OSError, ValueError) as error:
-            raise ConnectionLostError(str(error)) from error
-        if data is None or len(data) < num_bytes:
-            raise ConnectionLostError("the other side closed the connection")
+    def _read(self, num_bytes: int) -> bytearray:
+        data = bytearray(num_bytes)
+        missing = memoryview(data)
+        while missing:
+            try:
+                num_received = self._socket.recv_into(missing)
+            except TimeoutError:
+                raise
+            except OSError as error:
+                raise ConnectionLostError(str(error)) from error
+            if num_received == 0:
+                raise ConnectionLostError("the other side closed the connection")
+            missing = missing[num_received:]
         return data
 
 
