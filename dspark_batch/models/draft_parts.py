@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
+from dspark_batch.models.kernels.library import load_kernels
+from dspark_batch.models.kernels.packed import PackedLinear
 from dspark_batch.models.linear import Linear
+from dspark_batch.models.native import NativeDecoder
 from dspark_batch.models.rope import rope_table
 from dspark_batch.models.rope_spec import rope_spec
 from dspark_batch.models.runner import TargetRunner
+
+KERNEL_LANES = 16
+"""The native products take inputs of a multiple of this width."""
 
 
 class RunnerParts:
@@ -56,9 +62,14 @@ class RunnerParts:
         """[N, H] -> [N, V] float32"""
         return self._target.logits(hidden)
 
-    def linear(self, weight: Tensor) -> Linear:
-        """The product with ``weight`` [out, in], in the layout that the device multiplies fastest."""
-        return Linear(weight)
+    def linear(self, weight: Tensor, *, float32: bool = False) -> Callable[[Tensor], Tensor]:
+        """The product with ``weight`` [out, in]; on the native kernels where the target runs on them too."""
+        kernels = load_kernels() if isinstance(self._target.decoder, NativeDecoder) else None
+        if kernels is None or weight.shape[1] % KERNEL_LANES:
+            dense = Linear(weight)
+            return (lambda x: dense(x).float()) if float32 else dense
+        packed = PackedLinear(kernels, weight)
+        return (lambda x: packed(x.contiguous(), dtype=torch.float32)) if float32 else packed.plain
 
     def rope_table(
         self, fields: Mapping[str, object], *, head_dim: int, num_positions: int, where: str

@@ -54,14 +54,10 @@ def gumbel(keys: Tensor, positions: Tensor, token_ids: Tensor) -> Tensor:
     return uniform(keys, positions, token_ids).log_().neg_().log_().neg_()
 
 
-def argmax_with_noise(
-    scores: Tensor, keys: Tensor, positions: Tensor, *, best: Tensor, token_ids: Tensor | None = None
-) -> Tensor:
+def argmax_with_noise(scores: Tensor, keys: Tensor, positions: Tensor, *, best: Tensor) -> Tensor:
     """argmax over v of scores[n, v] + gumbel(key_n, position_n, v) over a whole vocabulary, [N] int64.
 
     scores: [N, V] float64 or float32, finite maximum. best: [N] int64, the argmax of ``scores`` without noise.
-    token_ids: [V] int64, the tokens that the columns stand for where they are a part of the vocabulary; the result is
-    a column all the same.
 
     Logarithms are taken only of tokens that can still win, and the result is exact. Let S be the noisy score of
     ``best``. Token v beats it only if -log(u_v) < exp(scores_v - S). As -log(u) >= 1 - u, that needs
@@ -69,7 +65,7 @@ def argmax_with_noise(
     rounding of its terms, so it never loses a winner. About 1 / p(best) tokens pass.
     """
     num_rows, vocab_size = scores.shape
-    tokens = torch.arange(vocab_size, device=scores.device) if token_ids is None else token_ids
+    tokens = torch.arange(vocab_size, device=scores.device)
     out = torch.empty_like(best)
     rows_at_once = max(1, (2**18 if scores.device.type == "cpu" else 2**25) // vocab_size)
     for start in range(0, num_rows, rows_at_once):
@@ -80,15 +76,14 @@ def argmax_with_noise(
 
 def _argmax_pruned(scores: Tensor, keys: Tensor, positions: Tensor, best: Tensor, tokens: Tensor) -> Tensor:
     at_best = best.unsqueeze(-1)
-    to_beat = scores.gather(1, at_best).double() + gumbel(keys, positions, tokens[at_best])
+    to_beat = scores.gather(1, at_best).double() + gumbel(keys, positions, at_best)
     bits = noise_bits(keys, positions, tokens)
     gap = bits.neg_().add_(2**_FRACTION_BITS).float().mul_(2.0**-_FRACTION_BITS)
     limit = (scores - to_beat.to(scores.dtype)).float().exp_().mul_(1.01)
     can_win = gap <= limit
     can_win.scatter_(1, at_best, True)
     row, token = can_win.nonzero(as_tuple=True)
-    noise = gumbel(keys[row], positions[row], tokens[token].unsqueeze(-1)).squeeze(-1)
-    noisy = scores[row, token].double() + noise
+    noisy = scores[row, token].double() + gumbel(keys[row], positions[row], token.unsqueeze(-1)).squeeze(-1)
     top = torch.full((scores.shape[0],), -torch.inf, dtype=torch.float64, device=scores.device)
     top.scatter_reduce_(0, row, noisy, "amax")
     # Exact ties go to the lowest token id, as in argmax.

@@ -158,7 +158,7 @@ class PlainParts:
     def logits(self, hidden: Tensor) -> Tensor:
         return functional.linear(hidden, self.head).float()
 
-    def linear(self, weight: Tensor) -> LinearOp:
+    def linear(self, weight: Tensor, *, float32: bool = False) -> LinearOp:
         return lambda x: functional.linear(x, weight)
 
     def rope_table(

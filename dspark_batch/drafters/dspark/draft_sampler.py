@@ -16,6 +16,10 @@ from dspark_batch.sampling.probs import limited_support, limits_support, penalis
 from dspark_batch.sampling.sampler import PositionBatch, SampledRow
 from dspark_batch.sampling.streams import Stream, stream_uniforms
 
+NUM_CANDIDATES = 256
+"""With shared noise, draws over a whole vocabulary look at this many best tokens. Verification accepts only what the
+target draws itself, so a winner missed beyond them costs one rejection, and noise for the rest would cost more."""
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class DraftVocabulary:
@@ -118,20 +122,20 @@ class DraftSampler:
         drawn = logits.argmax(-1)
         if self._full:
             index = self._index(self._full)
-            drawn[index] = noise.argmax_with_noise(
-                logits[index] / self._temperatures,
-                self._keys[index],
-                self._starts[index] + slot,
-                best=drawn[index],
-                token_ids=self._vocabulary.token_ids,
-            )
+            best = logits[index].topk(min(NUM_CANDIDATES, logits.shape[1]), dim=-1)
+            noisy = best.values.double() / self._temperatures + self._noise(index, slot, best.indices)
+            drawn[index] = best.indices.gather(1, noisy.argmax(-1, keepdim=True)).squeeze(-1)
         if self._limited:
             index = self._index(self._limited)
             support = limited_support(logits[index], [self._rows[r].sampling for r in self._limited])
-            token_ids = self._vocabulary.to_target(support.token_ids)
-            noisy = support.scores + noise.gumbel(self._keys[index], self._starts[index] + slot, token_ids)
+            noisy = support.scores + self._noise(index, slot, support.token_ids)
             drawn[index] = support.token_ids.gather(1, noisy.argmax(-1, keepdim=True)).squeeze(-1)
         return drawn
+
+    def _noise(self, index: Tensor, slot: int, columns: Tensor) -> Tensor:
+        """The noise that verification adds to the same tokens at the same positions."""
+        token_ids = self._vocabulary.to_target(columns)
+        return noise.gumbel(self._keys[index], self._starts[index] + slot, token_ids)
 
     def _draw_kept(self, logits: Tensor, uniforms: Tensor) -> Tensor:
         """By inversion of the kept distribution itself, so that q is exactly what was sampled from."""

@@ -41,7 +41,7 @@ class VanillaHead:
 
     def __init__(self, weights: Mapping[str, Tensor], *, linear: MakeLinear) -> None:
         self._w1 = weights[f"{_PREFIX}markov_w1.weight"]
-        self._w2: LinearOp = linear(weights[f"{_PREFIX}markov_w2.weight"])
+        self._w2: LinearOp = linear(weights[f"{_PREFIX}markov_w2.weight"], float32=True)
 
     def embed(self, token_ids: Tensor) -> Tensor:
         return functional.embedding(token_ids, self._w1)

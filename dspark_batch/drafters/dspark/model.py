@@ -109,4 +109,4 @@ class DSparkModel:
         if weights.token_ids is None:
             return None
         own = weights.tensors.get(HEAD)
-        return self._parts.linear(head_rows(self._parts, weights.token_ids) if own is None else own)
+        return self._parts.linear(head_rows(self._parts, weights.token_ids) if own is None else own, float32=True)

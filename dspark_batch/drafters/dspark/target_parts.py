@@ -11,8 +11,14 @@ from torch import Tensor
 LinearOp = Callable[[Tensor], Tensor]
 """[T, in] -> [T, out]"""
 
-MakeLinear = Callable[[Tensor], LinearOp]
-"""From a weight [out, in] to its product, in the layout that the device multiplies fastest."""
+
+class MakeLinear(Protocol):
+    """From a weight [out, in], on the device and in the dtype, to its product.
+
+    ``float32``: the product is wanted in float32, unrounded where the device can.
+    """
+
+    def __call__(self, weight: Tensor, *, float32: bool = False) -> LinearOp: ...
 
 
 class TargetParts(Protocol):
@@ -52,8 +58,8 @@ class TargetParts(Protocol):
         """[N, H] -> [N, V] float32: the target's head without its final norm."""
         ...
 
-    def linear(self, weight: Tensor) -> LinearOp:
-        """The product with ``weight`` [out, in], which is already on the device and in the dtype."""
+    def linear(self, weight: Tensor, *, float32: bool = False) -> LinearOp:
+        """As :class:`MakeLinear`, in the layout that the device multiplies fastest."""
         ...
 
     def rope_table(

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from dspark_batch.core import SamplingParams
 from dspark_batch.drafters.base import DraftRow
+from dspark_batch.drafters.dspark import draft_sampler
 from dspark_batch.drafters.dspark.draft_sampler import DraftSampler, DraftVocabulary
 from dspark_batch.sampling import noise, reference
 
@@ -144,12 +145,9 @@ def test_every_round_and_slot_has_draws_of_its_own() -> None:
     assert tuple(again.draw(flat.clone(), 0).tolist()) == draws[SLOTS]
 
 
-def test_noise_of_selected_columns_is_that_of_the_tokens_they_stand_for() -> None:
-    generator = torch.Generator().manual_seed(2)
-    scores = 3 * torch.randn(50, V, generator=generator)
-    keys = torch.randint(-(2**62), 2**62, (50,), generator=generator)
-    positions = torch.arange(50)
-    part = scores[:, REDUCED]
-    found = noise.argmax_with_noise(part, keys, positions, best=part.argmax(-1), token_ids=REDUCED)
-    noisy = part.double() + noise.gumbel(keys, positions, REDUCED)
-    assert torch.equal(found, noisy.argmax(-1))
+def test_only_the_best_candidates_are_drawn_from_with_shared_noise(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(draft_sampler, "NUM_CANDIDATES", 3)
+    rows = [row for row in make_rows() if row.sampling == SAMPLINGS[1]]
+    logits = make_logits(None)[0][:1]
+    drawn = {int(make_sampler(rows, None, shared=True).draw(logits.clone(), slot)) for slot in range(60)}
+    assert drawn == set(logits[0].topk(3).indices.tolist())
