@@ -55,6 +55,10 @@ class FingerprintMismatchError(OutputError):
     """The output path holds a run with another fingerprint; the message names the fields that differ."""
 
 
+class LeaseLostError(OutputError):
+    """Another run of the same job holds the output path, or has taken it over; nothing more may be committed."""
+
+
 class EngineError(DSparkBatchError):
     """The engine is broken (device fault, failed invariant). The shard stays uncommitted; another process may retry."""
 

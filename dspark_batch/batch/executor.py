@@ -9,6 +9,7 @@ import pyarrow as pa
 
 from dspark_batch.batch.commit import RunStore
 from dspark_batch.batch.engines import make_engine
+from dspark_batch.batch.layout import RunTicket
 from dspark_batch.batch.live import CountingEngine, LiveCounts
 from dspark_batch.batch.manifest import ManifestEntry
 from dspark_batch.batch.reader import ShardReader
@@ -37,6 +38,15 @@ class WorkerSpec:
     retry_failed: bool = False
     engine_factory: str | None = None
     num_threads: int | None = None
+    ticket: RunTicket | None = None
+    """Of the store that the driver opened; it says where to commit, and under which lease."""
+
+    def open_store(self) -> RunStore:
+        """The run's output folder, as a worker commits to it."""
+        path = self.config.output.path
+        if self.ticket is None:
+            return RunStore(path, run_id=self.run_id).join(self.fingerprint)
+        return RunStore(path, mode=self.config.output.mode, format=self.config.output.format, ticket=self.ticket)
 
     def engine_config(self) -> EngineConfig:
         """The engine's settings, with the threads that this process may use."""
@@ -58,7 +68,7 @@ class ShardExecutor:
         self._spec = spec
         self._num_samples = spec.config.sampling.n
         self._reader = ShardReader(spec.config, plan_schema=spec.plan_schema)
-        self._run = RunStore(spec.config.output.path, run_id=spec.run_id).join(spec.fingerprint)
+        self._run = spec.open_store()
         self._engine: CountingEngine | None = None
         self._service = WorkerService(self._make_worker).start()
 
@@ -74,7 +84,7 @@ class ShardExecutor:
             return self._run.commit(self._generate(self._reader.read(shard)))
         if not self._spec.retry_failed:
             return standing
-        before = committed_table(standing, store=self._run.store)
+        before = committed_table(standing, run=self._run)
         rows = retryable_rows(before, num_samples=self._num_samples)
         if not rows:
             return standing

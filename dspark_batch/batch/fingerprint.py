@@ -30,8 +30,11 @@ def fingerprint_fields(
         "input.content": input_digest,
         "output.column": config.output.column,
         "output.token_ids": config.output.token_ids,
+        "output.format": config.output.format,
+        "output.table": config.output.table,
     }
-    fields |= {f"input.{name}": value for name, value in config.input.model_dump(mode="json").items()}
+    section = config.input.model_dump(mode="json", exclude={"catalog", "version"})
+    fields |= {f"input.{name}": value for name, value in section.items()}
     fields |= {f"prompt.{name}": value for name, value in config.prompt.model_dump(mode="json").items()}
     fields |= {f"sampling.{name}": value for name, value in config.sampling.model_dump(mode="json").items()}
     if config.speculation.verification != "coupled":

@@ -32,7 +32,7 @@ def cut_lines(stream: IO[bytes] | pa.NativeFile, *, max_rows: int) -> Iterator[L
     row_start, byte_start = 0, 0
     lines: list[bytes] = []
     num_rows = 0
-    for line in _lines(stream):
+    for line in read_lines(stream):
         lines.append(line)
         num_rows += bool(line.strip())
         if num_rows == max_rows:
@@ -74,7 +74,8 @@ def inferred_schema(table: pa.Table, *, file: str) -> pa.Schema:
     )
 
 
-def _lines(stream: IO[bytes] | pa.NativeFile) -> Iterator[bytes]:
+def read_lines(stream: IO[bytes] | pa.NativeFile) -> Iterator[bytes]:
+    """Lines with their ends, read in large chunks."""
     rest = b""
     while chunk := stream.read(CHUNK_BYTES):
         pieces = (rest + chunk).split(b"\n")

@@ -20,6 +20,10 @@ class ManifestEntry:
     file: str
     size_bytes: int
     sha256: str
+    modified_s: float | None = None
+    """Modification time of the file, as its store gives it; a file that still has it need not be read again."""
+    epoch: int | None = None
+    """Lease of the run that committed; None for a run without one."""
     stats: ShardStats
     versions: dict[str, str]
     finished_at: str

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import base64
 import threading
-from collections.abc import Iterator
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from pyarrow import fs
 
+from dspark_batch.batch.cursors import Cursor, arrow_cursor, parquet_cursor
+from dspark_batch.batch.delimited import parse_records
 from dspark_batch.batch.filters import parse_filter
+from dspark_batch.batch.hive import add_constants
 from dspark_batch.batch.jsonl import parse_lines
 from dspark_batch.batch.prompts import prompt_columns
 from dspark_batch.batch.rows import ShardInput, row_ids
@@ -21,7 +24,6 @@ from dspark_batch.batch.sources import open_input_filesystem
 from dspark_batch.errors import ConfigError, InputError
 from dspark_batch.job.config import JobConfig
 
-READ_BATCH_ROWS = 2048
 ROW_INDEX = "__dspark_row_index"
 
 
@@ -51,114 +53,124 @@ def columns_to_read(config: JobConfig, *, schema: pa.Schema) -> pa.Schema:
 class ShardReader:
     """Reads shards of one run. Shards of a file that are read in order share one pass over it. Thread-safe.
 
-    ``schema`` is what every table it reads has; a ``BatchWorker`` takes it as its input schema.
+    ``schema`` is what every table it reads has; a ``BatchWorker`` takes it as its input schema. ``columns`` replaces
+    the columns that the run needs, for callers that look at others.
     """
 
-    def __init__(self, config: JobConfig, *, plan_schema: pa.Schema, filesystem: fs.FileSystem | None = None) -> None:
+    def __init__(
+        self,
+        config: JobConfig,
+        *,
+        plan_schema: pa.Schema,
+        filesystem: fs.FileSystem | None = None,
+        columns: Sequence[str] | None = None,
+    ) -> None:
         self.schema = columns_to_read(config, schema=plan_schema)
+        if columns is not None:
+            self.schema = pa.schema([field for field in plan_schema if field.name in columns])
         self._id_column = config.input.id
+        self._delimiter = config.input.delimiter
         self._filter = None
         if config.input.filter is not None:
             self._filter, _ = parse_filter(config.input.filter, schema=plan_schema)
         self._fs = filesystem if filesystem is not None else open_input_filesystem(config.input)
-        self._cursor: _ParquetCursor | None = None
+        self._cursor: Cursor | None = None
         self._lock = threading.Lock()
 
     def read(self, shard: Shard) -> ShardInput:
-        """The rows of a shard that pass the filter, with their ids. Raises InputError naming file and reason."""
+        """The rows of a shard that are to be done and pass the filter, with their ids.
+
+        Raises InputError naming file and reason.
+        """
+        table, index = self.read_rows(shard)
+        ids = row_ids(table, id_column=self._id_column, relative_file=shard.relative, row_index=index)
+        return ShardInput(key=shard.name, table=table, ids=ids)
+
+    def read_rows(self, shard: Shard) -> tuple[pa.Table, list[int]]:
+        """As ``read``: the rows, and their places in the file."""
         try:
             with self._lock:
-                table = self._read_jsonl(shard) if shard.format == "jsonl" else self._read_parquet(shard)
+                table = self._read(shard)
         except (OSError, pa.ArrowException) as error:
-            self._cursor = None
+            self._drop_cursor()
             raise InputError(f"{shard.path}: cannot be read: {error}") from error
-        if table.num_rows != shard.num_rows:
+        num_rows = shard.row_stop - shard.row_start
+        if table.num_rows != num_rows:
             raise InputError(
-                f"{shard.path}: {table.num_rows} rows from row {shard.row_start}, the plan has {shard.num_rows}; "
+                f"{shard.path}: {table.num_rows} rows from row {shard.row_start}, the plan has {num_rows}; "
                 "the file changed during the run"
             )
-        index = np.arange(shard.row_start, shard.row_start + shard.num_rows, dtype=np.int64)
+        if shard.keep is None and self._filter is None:
+            return table, list(range(shard.row_start, shard.row_stop))
+        index = np.arange(shard.row_start, shard.row_stop, dtype=np.int64)
+        table = table.append_column(ROW_INDEX, pa.array(index))
+        if shard.keep is not None:
+            table = table.filter(pa.array(unpack_bits(shard.keep, num_rows=num_rows)))
         if self._filter is not None:
-            kept = table.append_column(ROW_INDEX, pa.array(index)).filter(self._filter)
-            index = kept.column(ROW_INDEX).to_numpy()
-            table = kept.drop_columns([ROW_INDEX])
-        ids = row_ids(table, id_column=self._id_column, relative_file=shard.relative, row_index=index.tolist())
-        return ShardInput(key=shard.name, table=table, ids=ids)
+            table = table.filter(self._filter)
+        kept = table.column(ROW_INDEX).to_numpy().tolist()
+        return table.drop_columns([ROW_INDEX]), kept
 
     def close(self) -> None:
         """Close the file that is open, if any."""
         with self._lock:
-            if self._cursor is not None:
-                self._cursor.close()
-            self._cursor = None
+            self._drop_cursor()
 
-    def _read_jsonl(self, shard: Shard) -> pa.Table:
+    def _drop_cursor(self) -> None:
+        if self._cursor is not None:
+            self._cursor.close()
+        self._cursor = None
+
+    def _read(self, shard: Shard) -> pa.Table:
+        table = self._read_text(shard) if shard.byte_start is not None else self._read_batches(shard)
+        table = add_constants(table, shard.constants, schema=self.schema)
+        columns = [_column(table, field) for field in self.schema]
+        return pa.Table.from_arrays(columns, schema=self.schema)
+
+    def _read_text(self, shard: Shard) -> pa.Table:
         assert shard.byte_start is not None
         assert shard.byte_stop is not None
         with self._fs.open_input_file(shard.path) as file:
             file.seek(shard.byte_start)
             data = bytes(file.read(shard.byte_stop - shard.byte_start))
-        table = parse_lines(data, schema=self.schema, file=shard.path, row_start=shard.row_start)
-        return table.select(self.schema.names)
-
-    def _read_parquet(self, shard: Shard) -> pa.Table:
-        if self._cursor is None or not self._cursor.can_read(shard):
-            if self._cursor is not None:
-                self._cursor.close()
-            self._cursor = _ParquetCursor(self._fs, shard, schema=self.schema)
-        return self._cursor.take(shard.row_start, shard.row_start + shard.num_rows)
-
-
-class _ParquetCursor:
-    """One pass over a Parquet file, from the row group of a shard onward."""
-
-    def __init__(self, filesystem: fs.FileSystem, shard: Shard, *, schema: pa.Schema) -> None:
-        self.path = shard.path
-        self._stream = filesystem.open_input_file(shard.path)
-        self._file = pq.ParquetFile(self._stream)
-        self._schema = schema
-        metadata = self._file.metadata
-        rows = [metadata.row_group(index).num_rows for index in range(metadata.num_row_groups)]
-        self._bounds = np.concatenate([[0], np.cumsum(rows)])
-        first = self._group(shard.row_start)
-        self._position = int(self._bounds[first])
-        present = [name for name in schema.names if name in self._file.schema_arrow.names]
-        self._batches: Iterator[pa.RecordBatch] = self._file.iter_batches(
-            batch_size=READ_BATCH_ROWS, row_groups=list(range(first, len(rows))), columns=present
+        if shard.format == "jsonl":
+            return parse_lines(data, schema=self.schema, file=shard.path, row_start=shard.row_start)
+        return parse_records(
+            data,
+            names=list(shard.names),
+            schema=self.schema,
+            delimiter="\t" if shard.path.lower().endswith(".tsv") else self._delimiter,
+            file=shard.path,
+            row_start=shard.row_start,
         )
-        self._pending: pa.RecordBatch | None = None
 
-    def can_read(self, shard: Shard) -> bool:
-        """Whether going on from here is right and skips no whole row group."""
-        if shard.path != self.path or shard.row_start < self._position:
-            return False
-        return shard.row_start == self._position or self._group(shard.row_start) == self._group(self._position)
+    def _read_batches(self, shard: Shard) -> pa.Table:
+        if self._cursor is None or not self._cursor.can_read(shard.path, shard.row_start):
+            self._drop_cursor()
+            names = self.schema.names
+            if shard.format == "parquet":
+                self._cursor = parquet_cursor(self._fs, shard.path, row_start=shard.row_start, names=names)
+            else:
+                self._cursor = arrow_cursor(self._fs, shard.path, names=names)
+        table = self._cursor.take(shard.row_start, shard.row_stop, empty=self.schema)
+        if table.num_columns == 0:
+            return pa.table({ROW_INDEX: pa.nulls(shard.row_stop - shard.row_start)})
+        return table
 
-    def take(self, start: int, stop: int) -> pa.Table:
-        """Rows ``start`` to ``stop`` of the file; fewer where it ends before."""
-        parts: list[pa.RecordBatch] = []
-        while self._position < stop:
-            batch = self._pending if self._pending is not None else next(self._batches, None)
-            if batch is None:
-                break
-            end = min(stop - self._position, batch.num_rows)
-            begin = min(max(start - self._position, 0), end)
-            parts.append(batch.slice(begin, end - begin))
-            self._pending = batch.slice(end) if end < batch.num_rows else None
-            self._position += end
-        num_rows = sum(part.num_rows for part in parts)
-        table = pa.Table.from_batches(parts) if parts else self._schema.empty_table()
-        columns = [self._column(table, field, num_rows=num_rows) for field in self._schema]
-        return pa.Table.from_arrays(columns, schema=self._schema)
 
-    def close(self) -> None:
-        self._stream.close()
+def pack_bits(keep: np.ndarray[Any, np.dtype[np.bool_]]) -> str:
+    """A mask over rows as text."""
+    return base64.b64encode(np.packbits(keep).tobytes()).decode()
 
-    def _group(self, row: int) -> int:
-        return int(np.searchsorted(self._bounds, row, side="right")) - 1
 
-    def _column(self, table: pa.Table, field: pa.Field[Any], *, num_rows: int) -> Any:
-        if field.name not in table.column_names:
-            return pa.nulls(num_rows, type=field.type)
-        column = table.column(field.name)
-        return column if column.type.equals(field.type) else column.cast(field.type)
+def unpack_bits(text: str, *, num_rows: int) -> np.ndarray[Any, np.dtype[np.bool_]]:
+    """The mask that ``pack_bits`` wrote."""
+    packed = np.frombuffer(base64.b64decode(text), dtype=np.uint8)
+    return np.unpackbits(packed, count=num_rows).astype(np.bool_)
+
+
+def _column(table: pa.Table, field: pa.Field[Any]) -> Any:
+    if field.name not in table.column_names:
+        return pa.nulls(table.num_rows, type=field.type)
+    column = table.column(field.name)
+    return column if column.type.equals(field.type) else column.cast(field.type)

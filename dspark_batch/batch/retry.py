@@ -8,16 +8,16 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from dspark_batch.batch.commit import RunStore
 from dspark_batch.batch.manifest import ManifestEntry
 from dspark_batch.batch.results import ShardResult, ShardStats
 from dspark_batch.batch.rows import ShardInput
-from dspark_batch.batch.store import Store
 from dspark_batch.errors import OutputError
 
 
-def committed_table(entry: ManifestEntry, *, store: Store) -> pa.Table:
+def committed_table(entry: ManifestEntry, *, run: RunStore) -> pa.Table:
     """The rows of a committed shard. Raises OutputError when its file has gone or is not readable."""
-    data = store.read(entry.file)
+    data = run.store.read(run.ticket.file_name(entry.file))
     if data is None:
         raise OutputError(f"shard {entry.shard}: its file {entry.file} has gone; run again to remake it")
     try:

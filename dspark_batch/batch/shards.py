@@ -5,57 +5,77 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from pyarrow import fs
 
-from dspark_batch.batch.jsonl import cut_lines, inferred_schema, parse_lines
-from dspark_batch.batch.sources import InputFile, InputFiles, InputFormat, find_input_files
+from dspark_batch.batch.cut import CutFile, Piece, cut_file, unify
+from dspark_batch.batch.hive import Constants, constant_fields
+from dspark_batch.batch.sources import FileFormat, InputFile, InputFiles, find_input_files
 from dspark_batch.errors import InputError
 from dspark_batch.job.config import InputSection
 
-PLAN_VERSION = 1
+PLAN_VERSION = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shard:
     """A slice of one input file that is committed as one. Plain values only, so that it travels anywhere.
 
-    Rows ``row_start`` to ``row_start + num_rows`` of the file, before any filter; for JSONL also the bytes that hold
-    them.
+    Rows ``row_start`` to ``row_stop`` of the file, before any filter; for text formats also the bytes that hold them,
+    and for CSV the columns (``names``). ``keep`` tells which of them are to be done where not all are: a base64 text of
+    packed bits. ``num_rows`` counts the rows to be done.
     """
 
     name: str
-    format: InputFormat
+    format: FileFormat
     path: str
     relative: str
     row_start: int
+    row_stop: int
     num_rows: int
     byte_start: int | None = None
     byte_stop: int | None = None
+    names: tuple[str, ...] = ()
+    constants: Constants = ()
+    keep: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """Files, shards and schema (of all input columns) of a run. ``num_rows`` counts rows before any filter."""
+    """Files, shards and schema (of all input columns) of a run. ``num_rows`` counts rows before any filter.
+
+    ``version`` is the table version that was read, for tables. An incremental run has a plan for each ``increment``
+    (from 1): ``files`` are then all files that were ever planned, ``first_index`` is the number of the first shard, and
+    ``id_files`` name the lists of row ids that have been planned.
+    """
 
     files: tuple[InputFile, ...]
     shards: tuple[Shard, ...]
     schema: pa.Schema
+    version: int | None = None
+    increment: int = 1
+    first_index: int = 0
+    id_files: tuple[str, ...] = ()
 
     @property
     def num_rows(self) -> int:
         return sum(shard.num_rows for shard in self.shards)
 
     @property
+    def next_index(self) -> int:
+        """The number of the next shard into the same output."""
+        last = [int(shard.name.split("-")[1]) for shard in self.shards[-1:]]
+        return last[0] + 1 if last else self.first_index
+
+    @property
     def digest(self) -> str:
         """Identity of the input's content, by names, sizes and modification times (SHA-256, hex)."""
-        facts = [(file.relative, file.size_bytes, file.mtime_ns) for file in self.files]
+        facts: list[object] = [(file.relative, file.size_bytes, file.mtime_ns) for file in self.files]
+        facts += [] if self.version is None else [self.version]
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
     def to_json(self) -> str:
@@ -65,8 +85,12 @@ class Plan:
             "files": [asdict(file) for file in self.files],
             "shards": [asdict(shard) for shard in self.shards],
             "schema": schema,
+            "table_version": self.version,
+            "increment": self.increment,
+            "first_index": self.first_index,
+            "id_files": self.id_files,
         }
-        return json.dumps(values, indent=1) + "\n"
+        return json.dumps(values) + "\n"
 
     @classmethod
     def from_json(cls, text: str, *, source: str) -> Plan:
@@ -76,9 +100,13 @@ class Plan:
             if values["version"] != PLAN_VERSION:
                 raise ValueError(f"version {values['version']}, expected {PLAN_VERSION}")
             return cls(
-                files=tuple(InputFile(**file) for file in values["files"]),
-                shards=tuple(Shard(**shard) for shard in values["shards"]),
+                files=tuple(InputFile(**_with_tuples(file)) for file in values["files"]),
+                shards=tuple(Shard(**_with_tuples(shard)) for shard in values["shards"]),
                 schema=pa.ipc.read_schema(pa.py_buffer(base64.b64decode(values["schema"]))),
+                version=values["table_version"],
+                increment=values["increment"],
+                first_index=values["first_index"],
+                id_files=tuple(values["id_files"]),
             )
         except (ValueError, TypeError, KeyError, pa.ArrowException) as error:
             raise InputError(
@@ -98,22 +126,44 @@ def make_plan(
         InputError: no files, a file cannot be read, schemas do not fit together, or files were added, removed or
             changed since the plan was saved.
     """
-    found = find_input_files(section, filesystem=filesystem)
     if saved is not None:
         plan = Plan.from_json(saved, source="the saved plan")
-        check_unchanged(plan, found.files)
+        check_unchanged(plan, find_input_files(section, filesystem=filesystem, version=plan.version).files)
         return plan
-    schemas: list[pa.Schema] = []
+    found = find_input_files(section, filesystem=filesystem)
+    return cut_files(found, max_rows=max_rows, delimiter=section.delimiter)
+
+
+def cut_files(
+    found: InputFiles, *, max_rows: int, delimiter: str = ",", first_index: int = 0, schema: pa.Schema | None = None
+) -> Plan:
+    """The plan over these files, in their order, with shard numbers from ``first_index``.
+
+    ``schema`` is that of an earlier plan into the same output, which the files must fit. Raises InputError.
+    """
+    is_text = found.format in ("jsonl", "csv")
+    whole = found.schema if found.schema is not None else schema
     shards: list[Shard] = []
     for file in found.files:
-        cut = _parquet_shards if found.format == "parquet" else _jsonl_shards
-        schema, pieces = cut(found, file, max_rows=max_rows)
-        schemas.append(_unified(schemas[-1:], schema, file=file, format=found.format))
-        shards += [_named(piece, index=len(shards) + place) for place, piece in enumerate(pieces)]
-    schema = schemas[-1]
-    if len(set(schema.names)) != len(schema.names):
-        raise InputError(f"column names occur more than once: {', '.join(sorted(schema.names))}; rename them")
-    return Plan(files=found.files, shards=tuple(shards), schema=schema)
+        cut = cut_file(found.filesystem, file, format=found.format, max_rows=max_rows, delimiter=delimiter)
+        if len(set(cut.schema.names)) != len(cut.schema.names):
+            raise InputError(f"{file.path}: a column name occurs more than once: {', '.join(cut.schema.names)}")
+        if found.schema is None:
+            before = [] if whole is None else [whole]
+            whole = unify(before, cut.schema, file=file.path, is_text=is_text)
+        shards += [
+            _named(file, piece, cut=cut, format=found.format, index=first_index + len(shards) + place)
+            for place, piece in enumerate(cut.pieces)
+        ]
+    assert whole is not None, "an input has at least one file"
+    if schema is not None and not schema.equals(whole):
+        raise InputError(
+            f"the new files change the columns of this output from\n{schema}\nto\n{whole}\nuse another output.path"
+        )
+    if found.schema is None and schema is None:
+        extra = constant_fields(file.constants for file in found.files)
+        whole = pa.schema([*whole, *(field for field in extra if field.name not in whole.names)])
+    return Plan(files=found.files, shards=tuple(shards), schema=whole, version=found.version, first_index=first_index)
 
 
 def check_unchanged(plan: Plan, files: Sequence[InputFile]) -> None:
@@ -135,78 +185,34 @@ def check_unchanged(plan: Plan, files: Sequence[InputFile]) -> None:
         )
 
 
+def _with_tuples(values: dict[str, Any]) -> dict[str, Any]:
+    """Lists back to tuples, as JSON knows none."""
+    return {
+        name: tuple(tuple(item) if isinstance(item, list) else item for item in value)
+        if isinstance(value, list)
+        else value
+        for name, value in values.items()
+    }
+
+
 def _facts(file: InputFile) -> str:
     return f"{file.size_bytes} bytes, modified {file.mtime_ns} ns"
 
 
-def _parquet_shards(found: InputFiles, file: InputFile, *, max_rows: int) -> tuple[pa.Schema, list[Shard]]:
-    try:
-        with found.filesystem.open_input_file(file.path) as stream:
-            parquet = pq.ParquetFile(stream)
-            schema = parquet.schema_arrow.remove_metadata()
-            groups = [parquet.metadata.row_group(index).num_rows for index in range(parquet.num_row_groups)]
-    except (OSError, pa.ArrowException) as error:
-        raise InputError(f"{file.path}: cannot be read as Parquet: {error}") from error
-    ranges = cut_groups(groups, max_rows=max_rows)
-    return schema, [
-        Shard(name="", format="parquet", path=file.path, relative=file.relative, row_start=start, num_rows=stop - start)
-        for start, stop in ranges
-    ]
-
-
-def cut_groups(group_rows: Sequence[int], *, max_rows: int) -> Iterator[tuple[int, int]]:
-    """Row ranges (start, stop) of at most ``max_rows`` rows over row groups, as few as possible and about equal.
-
-    A cut moves to the nearest end of a row group where one lies within a quarter of a range.
-    """
-    ends = np.cumsum(np.asarray(group_rows, dtype=np.int64))
-    total = int(ends[-1]) if len(ends) else 0
-    start = 0
-    while start < total:
-        left = total - start
-        size = -(-left // -(-left // max_rows))
-        stop = start + size
-        place = int(np.searchsorted(ends, stop))
-        near = [int(end) for end in ends[max(place - 1, 0) : place + 1]]
-        near = [end for end in near if abs(end - stop) <= size // 4 and start < end <= start + max_rows]
-        stop = min(near, key=lambda end: (abs(end - stop), end)) if near else stop
-        yield start, stop
-        start = stop
-
-
-def _jsonl_shards(found: InputFiles, file: InputFile, *, max_rows: int) -> tuple[pa.Schema, list[Shard]]:
-    schema = pa.schema([])
-    shards: list[Shard] = []
-    try:
-        with found.filesystem.open_input_stream(file.path, compression=None) as stream:
-            for lines in cut_lines(stream, max_rows=max_rows):
-                table = parse_lines(lines.data, schema=None, file=file.path, row_start=lines.row_start)
-                schema = _unified([schema], inferred_schema(table, file=file.path), file=file, format="jsonl")
-                shard = Shard(
-                    name="",
-                    format="jsonl",
-                    path=file.path,
-                    relative=file.relative,
-                    row_start=lines.row_start,
-                    num_rows=lines.num_rows,
-                    byte_start=lines.byte_start,
-                    byte_stop=lines.byte_stop,
-                )
-                shards.append(shard)
-    except OSError as error:
-        raise InputError(f"{file.path}: cannot be read: {error}") from error
-    return schema, shards
-
-
-def _unified(before: Sequence[pa.Schema], schema: pa.Schema, *, file: InputFile, format: InputFormat) -> pa.Schema:
-    try:
-        return pa.unify_schemas([*before, schema], promote_options="permissive" if format == "jsonl" else "default")
-    except pa.ArrowException as error:
-        raise InputError(f"{file.path}: its columns do not fit those of the rows before it: {error}") from error
-
-
-def _named(shard: Shard, *, index: int) -> Shard:
+def _named(file: InputFile, piece: Piece, *, cut: CutFile, format: FileFormat, index: int) -> Shard:
     """The name says the shard's place in the plan and pins its file and row range."""
-    place = f"{shard.relative}:{shard.row_start}:{shard.num_rows}"
+    place = f"{file.relative}:{piece.row_start}:{piece.row_stop - piece.row_start}"
     short = hashlib.sha256(place.encode()).hexdigest()[:8]
-    return Shard(**{**asdict(shard), "name": f"part-{index:05d}-{short}"})
+    return Shard(
+        name=f"part-{index:05d}-{short}",
+        format=format,
+        path=file.path,
+        relative=file.relative,
+        row_start=piece.row_start,
+        row_stop=piece.row_stop,
+        num_rows=piece.row_stop - piece.row_start,
+        byte_start=piece.byte_start,
+        byte_stop=piece.byte_stop,
+        names=cut.names,
+        constants=file.constants,
+    )

@@ -1,7 +1,8 @@
-"""Which files the input is made of, on any pyarrow filesystem."""
+"""Which files the input is made of, on any pyarrow filesystem, or at one version of a table."""
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Sequence
@@ -9,13 +10,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import pyarrow as pa
 from pyarrow import fs
 
+from dspark_batch.batch.hive import Constants, partition_of
 from dspark_batch.errors import InputError
 from dspark_batch.job.config import InputSection
 
-InputFormat = Literal["parquet", "jsonl"]
-SUFFIXES: dict[InputFormat, tuple[str, ...]] = {"parquet": (".parquet", ".pq"), "jsonl": (".jsonl", ".ndjson", ".json")}
+FileFormat = Literal["parquet", "jsonl", "csv", "arrow"]
+SUFFIXES: dict[FileFormat, tuple[str, ...]] = {
+    "parquet": (".parquet", ".pq"),
+    "jsonl": (".jsonl", ".ndjson", ".json"),
+    "csv": (".csv", ".tsv"),
+    "arrow": (".arrow", ".feather", ".ipc"),
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,23 +34,52 @@ class InputFile:
     relative: str
     size_bytes: int
     mtime_ns: int | None
+    constants: Constants = ()
+    """Columns that are not in the file, with their one value as text: those of the path or of the table's log."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InputFiles:
-    """The files of an input, sorted by path, all of one format."""
+    """The files of an input, sorted by path, all of one format.
+
+    ``version`` and ``schema`` are set for tables: the Delta version or Iceberg snapshot, and the table's columns.
+    """
 
     filesystem: fs.FileSystem
-    format: InputFormat
+    format: FileFormat
     files: tuple[InputFile, ...]
+    version: int | None = None
+    schema: pa.Schema | None = None
 
 
-def find_input_files(section: InputSection, *, filesystem: fs.FileSystem | None = None) -> InputFiles:
+def find_input_files(
+    section: InputSection, *, filesystem: fs.FileSystem | None = None, version: int | None = None
+) -> InputFiles:
+    """The files of the input as it is now, or, for tables, at ``version`` (default: the configured one, or the newest).
+
+    Raises InputError where there are none, and where a library for the format is not installed.
+    """
+    pinned = version if version is not None else section.version
+    if section.format == "delta":
+        from dspark_batch.batch.delta import delta_files
+
+        return delta_files(section, version=pinned)
+    if section.format == "iceberg":
+        from dspark_batch.batch.iceberg import iceberg_files
+
+        return iceberg_files(section, snapshot_id=pinned)
+    if section.format == "huggingface" or (section.format is None and is_dataset_folder(section)):
+        return dataset_files(section, filesystem=filesystem)
+    return _plain_files(section, filesystem=filesystem)
+
+
+def _plain_files(section: InputSection, *, filesystem: fs.FileSystem | None) -> InputFiles:
     """Resolve ``input.path``: files, folders (searched to the bottom), globs (``*``, ``?``, ``[..]``, ``**``), lists.
 
     Names beginning with ``_`` or ``.`` are skipped in folders and globs, and in folders also files with the suffix of
-    no known format. ``relative`` is the path below the deepest folder that the configured paths share before their
-    first wildcard, so it depends on the config and not on which other files there are.
+    no known format. Folders named ``key=value`` become columns. ``relative`` is the path
+    below the deepest folder that the configured paths share before their first wildcard, so it depends on the config
+    and not on which other files there are.
 
     Raises:
         InputError: nothing matches, a path does not exist, formats are mixed or not recognised.
@@ -50,36 +87,51 @@ def find_input_files(section: InputSection, *, filesystem: fs.FileSystem | None 
     entries = [section.path] if isinstance(section.path, str) else list(section.path)
     if not entries:
         raise InputError("input.path is an empty list; name at least one file, folder or glob")
-    opened = [_open(entry, filesystem) for entry in entries]
+    opened = [open_input(entry, filesystem) for entry in entries]
     used = opened[0][0]
     if any(not other.equals(used) for other, _ in opened):
         raise InputError(f"input.path mixes filesystems: {', '.join(entries)}; use one per run")
     infos: dict[str, fs.FileInfo] = {}
     bases: list[str] = []
     for entry, (_, inner) in zip(entries, opened, strict=True):
-        base, found = _expand(used, inner, entry=entry, format=section.format)
+        base, found = _expand(used, inner, entry=entry, format=_file_format(section))
         bases.append(base)
         infos |= {info.path: info for info in found}
     common = os.path.commonpath(bases) if len(set(bases)) > 1 else bases[0]
-    files = tuple(
-        InputFile(
-            path=path,
-            relative=path.removeprefix(common).lstrip("/"),
-            size_bytes=infos[path].size,
-            mtime_ns=infos[path].mtime_ns,
-        )
-        for path in sorted(infos)
+    files = tuple(_input_file(infos[path], below=common) for path in sorted(infos))
+    return InputFiles(filesystem=used, format=_file_format(section) or _infer_format(files), files=files)
+
+
+def _input_file(info: fs.FileInfo, *, below: str) -> InputFile:
+    relative = info.path.removeprefix(below).lstrip("/")
+    return InputFile(
+        path=info.path,
+        relative=relative,
+        size_bytes=info.size,
+        mtime_ns=info.mtime_ns,
+        constants=partition_of(relative),
     )
-    return InputFiles(filesystem=used, format=section.format or _infer_format(files), files=files)
+
+
+def _file_format(section: InputSection) -> FileFormat | None:
+    for name in SUFFIXES:
+        if section.format == name:
+            return name
+    return None
 
 
 def open_input_filesystem(section: InputSection) -> fs.FileSystem:
     """The filesystem that ``input.path`` lives on. Raises InputError."""
+    if section.format == "iceberg":
+        from dspark_batch.batch.iceberg import iceberg_filesystem
+
+        return iceberg_filesystem(section)
     first = section.path if isinstance(section.path, str) else section.path[0]
-    return _open(first, None)[0]
+    return open_input(first)[0]
 
 
-def _open(entry: str, filesystem: fs.FileSystem | None) -> tuple[fs.FileSystem, str]:
+def open_input(entry: str, filesystem: fs.FileSystem | None = None) -> tuple[fs.FileSystem, str]:
+    """The filesystem of a path or URI, and the path in it, which may hold wildcards. Raises InputError."""
     if filesystem is not None:
         return filesystem, entry.rstrip("/")
     if "://" not in entry:
@@ -94,8 +146,52 @@ def _open(entry: str, filesystem: fs.FileSystem | None) -> tuple[fs.FileSystem, 
     return found, f"{inner}/{partial}{wildcard}{tail}" if wildcard else inner
 
 
+def is_dataset_folder(section: InputSection) -> bool:
+    """Whether the one path is a folder that the ``datasets`` library saved."""
+    if not isinstance(section.path, str) or re.search(r"[*?\[]", section.path):
+        return False
+    used, folder = open_input(section.path)
+    names = [f"{folder}/state.json", f"{folder}/dataset_dict.json"]
+    try:
+        return any(info.type == fs.FileType.File for info in used.get_file_info(names))
+    except OSError as error:
+        raise InputError(f"input.path {section.path!r}: {error}") from error
+
+
+def dataset_files(section: InputSection, *, filesystem: fs.FileSystem | None = None) -> InputFiles:
+    """The Arrow files of a folder saved by the ``datasets`` library (``save_to_disk``), in the order of its rows.
+
+    Raises InputError for a folder of several splits, and for rows that were selected or shuffled without being written.
+    """
+    assert isinstance(section.path, str)
+    used, folder = open_input(section.path, filesystem)
+    try:
+        if used.get_file_info(f"{folder}/dataset_dict.json").type == fs.FileType.File:
+            splits = json.loads(_read(used, f"{folder}/dataset_dict.json"))["splits"]
+            raise InputError(
+                f"{section.path} holds the splits {', '.join(splits)}; set input.path to one of them, "
+                f"such as {section.path}/{splits[0]}"
+            )
+        state = json.loads(_read(used, f"{folder}/state.json"))
+        names = [entry["filename"] for entry in state["_data_files"]]
+        infos = used.get_file_info([f"{folder}/{name}" for name in names])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{section.path}: not a folder that datasets.save_to_disk wrote: {error!r}") from error
+    if state.get("_indices_files"):
+        raise InputError(f"{section.path}: its rows are a selection; write them with flatten_indices() first")
+    missing = [info.path for info in infos if info.type != fs.FileType.File]
+    if missing:
+        raise InputError(f"{section.path}: state.json names files that are not there: {', '.join(missing)}")
+    return InputFiles(filesystem=used, format="arrow", files=tuple(_input_file(info, below=folder) for info in infos))
+
+
+def _read(filesystem: fs.FileSystem, path: str) -> bytes:
+    with filesystem.open_input_stream(path) as stream:
+        return bytes(stream.read())
+
+
 def _expand(
-    filesystem: fs.FileSystem, path: str, *, entry: str, format: InputFormat | None
+    filesystem: fs.FileSystem, path: str, *, entry: str, format: FileFormat | None
 ) -> tuple[str, list[fs.FileInfo]]:
     """The folder that relative names start from, and the files."""
     try:
@@ -148,8 +244,8 @@ def _glob_regex(pattern: str) -> str:
     )
 
 
-def _infer_format(files: Sequence[InputFile]) -> InputFormat:
-    found: dict[InputFormat, str] = {}
+def _infer_format(files: Sequence[InputFile]) -> FileFormat:
+    found: dict[FileFormat, str] = {}
     for file in files:
         known = [name for name, suffixes in SUFFIXES.items() if file.path.lower().endswith(suffixes)]
         if not known:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -16,6 +19,7 @@ from dspark_batch.errors import OutputError, TransientStorageError
 from dspark_batch.provenance import fsync_folder
 
 NUM_ATTEMPTS = 4
+NUM_READERS = 16
 TRANSIENT_ERRNOS = frozenset(
     {errno.EAGAIN, errno.EINTR, errno.EBUSY, errno.ETIMEDOUT, errno.ECONNRESET, errno.ECONNREFUSED, errno.ESTALE}
 )
@@ -48,7 +52,7 @@ class Store:
     def __init__(self, path: str, *, filesystem: fs.FileSystem | None = None, backoff_s: float = 0.2) -> None:
         self._fs, self.root = open_filesystem(path, filesystem=filesystem)
         self._backoff_s = backoff_s
-        self._is_local = isinstance(self._fs, fs.LocalFileSystem)
+        self.is_local = isinstance(self._fs, fs.LocalFileSystem)
 
     def write(self, name: str, data: bytes, *, staging: str) -> None:
         """Write the file so that it is whole or absent under ``name``: staged under another name, fsynced, renamed."""
@@ -69,6 +73,62 @@ class Store:
         except FileNotFoundError:
             return None
 
+    def read_all(self, names: Sequence[str]) -> dict[str, bytes]:
+        """The content of many small files, those that do not exist left out; several at a time on remote stores."""
+        if self.is_local or len(names) < 2:
+            found = [(name, self.read(name)) for name in names]
+        else:
+            with ThreadPoolExecutor(NUM_READERS, thread_name_prefix="dspark-batch-read") as pool:
+                found = list(zip(names, pool.map(self.read, names), strict=True))
+        return {name: data for name, data in found if data is not None}
+
+    def create(self, name: str, data: bytes, *, staging: str) -> bool:
+        """Write a file unless there is one of that name; whether it was written.
+
+        Atomic on a local disk. Elsewhere two callers at the same moment may both succeed, and the later write stands.
+        """
+        if not self.is_local:
+            if self.stat(name) is not None:
+                return False
+            self.write(name, data, staging=staging)
+            return True
+
+        def stage_and_link() -> bool:
+            self._write(staging, data)
+            try:
+                return self._link(staging, name)
+            finally:
+                Path(self._path(staging)).unlink(missing_ok=True)
+
+        return self._try(stage_and_link, doing="create", name=name)
+
+    def move(self, source: str, target: str) -> bool:
+        """Rename a file over another; False where there is no source. On object stores a copy and then a deletion."""
+        try:
+            self._try(lambda: self._move(source, target), doing="move", name=source)
+        except FileNotFoundError:
+            return False
+        return True
+
+    def stat(self, name: str) -> StoredFile | None:
+        """Size and modification time, or None where there is no such file."""
+        info = self._try(lambda: self._fs.get_file_info(self._path(name)), doing="look at", name=name)
+        if info.type != fs.FileType.File:
+            return None
+        return StoredFile(name=name, size_bytes=info.size, modified_s=(info.mtime_ns or 0) / 1e9)
+
+    @contextmanager
+    def lock(self, name: str, *, shared: bool) -> Iterator[None]:
+        """Hold a lock file, against other processes of any machine that locks on this disk; remote stores have none."""
+        if not self.is_local:
+            yield
+            return
+        path = Path(self._path(name))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a") as file:
+            fcntl.flock(file, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
+            yield
+
     def files(self, folder: str = "", *, recursive: bool = False) -> dict[str, StoredFile]:
         """The files of a folder by name; none where the folder does not exist."""
         return self._try(lambda: self._files(folder, recursive=recursive), doing="list", name=folder or ".")
@@ -81,7 +141,7 @@ class Store:
             return
 
     def _write(self, name: str, data: bytes) -> None:
-        if self._is_local:
+        if self.is_local:
             target = Path(self._path(name))
             target.parent.mkdir(parents=True, exist_ok=True)
             _write_durably(target, data)
@@ -91,7 +151,7 @@ class Store:
             stream.write(data)
 
     def _move(self, source: str, target: str) -> None:
-        if self._is_local:
+        if self.is_local:
             path = Path(self._path(target))
             path.parent.mkdir(parents=True, exist_ok=True)
             Path(self._path(source)).replace(path)
@@ -99,6 +159,16 @@ class Store:
             return
         self._fs.create_dir(self._path(target).rpartition("/")[0], recursive=True)
         self._fs.move(self._path(source), self._path(target))
+
+    def _link(self, source: str, target: str) -> bool:
+        path = Path(self._path(target))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            os.link(self._path(source), path)
+        except FileExistsError:
+            return False
+        fsync_folder(path.parent)
+        return True
 
     def _read(self, name: str) -> bytes:
         with self._fs.open_input_stream(self._path(name)) as stream:

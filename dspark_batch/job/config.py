@@ -20,6 +20,10 @@ from dspark_batch.engine.config import (
 from dspark_batch.spark.config import SparkSection
 
 OutputMode = Literal["resume", "overwrite", "error"]
+OutputFormat = Literal["parquet", "delta", "iceberg"]
+OnConflict = Literal["fail", "wait", "take_over"]
+InputFormat = Literal["parquet", "jsonl", "csv", "arrow", "huggingface", "delta", "iceberg"]
+Incremental = Literal["files", "rows"]
 
 
 AUTO_ROWS_IN_FLIGHT = 256
@@ -47,11 +51,27 @@ class SpeculationSection(Section):
 
 
 class InputSection(Section):
-    path: str | list[str] = Field(description="file, folder, glob, or a list of them")
-    format: Literal["parquet", "jsonl"] | None = Field(default=None, description="null: from the file names")
+    path: str | list[str] = Field(description="file, folder, glob, or a list of them; a table's folder or name")
+    format: InputFormat | None = Field(default=None, description="null: from the file names")
     id: str | None = Field(default=None, description="column that identifies a row; null: file and row index")
     columns: list[str] | None = Field(default=None, description="columns to carry over; null: all")
     filter: str | None = Field(default=None, description="a pyarrow dataset expression in Python syntax")
+    version: int | None = Field(default=None, description="Delta version or Iceberg snapshot; null: the newest")
+    catalog: dict[str, str] | None = Field(default=None, description="properties of the Iceberg catalog; null: its own")
+    delimiter: str = Field(default=",", min_length=1, max_length=1, description="between CSV fields; a tab in .tsv")
+    incremental: Incremental | None = Field(
+        default=None, description="files: only files that no run into this output had before; rows: only ids"
+    )
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> InputSection:
+        if self.incremental == "rows" and self.id is None:
+            raise ValueError("input.incremental rows needs input.id, the column that says which rows are new")
+        if self.version is not None and self.format not in ("delta", "iceberg"):
+            raise ValueError("input.version needs input.format delta or iceberg")
+        if self.format in ("delta", "iceberg", "huggingface") and not isinstance(self.path, str):
+            raise ValueError(f"input.path must be one table for input.format {self.format}")
+        return self
 
 
 class PromptSection(Section):
@@ -111,6 +131,16 @@ class OutputSection(Section):
     column: str = Field(default="generated", description="name of the generated column")
     mode: OutputMode = "resume"
     token_ids: bool = Field(default=False, description="also write the generated token ids")
+    format: OutputFormat = Field(default="parquet", description="delta: a table in path; iceberg: a table over path")
+    table: str | None = Field(default=None, description="Iceberg table, namespace.name")
+    catalog: dict[str, str] | None = Field(default=None, description="properties of the Iceberg catalog; null: its own")
+    on_conflict: OnConflict = Field(default="fail", description="what to do about another live run of this output")
+
+    @model_validator(mode="after")
+    def _table_is_named(self) -> OutputSection:
+        if (self.format == "iceberg") != (self.table is not None):
+            raise ValueError("output.table (namespace.name) belongs to output.format iceberg, and is required there")
+        return self
 
 
 class EngineSection(Section):

@@ -71,12 +71,12 @@ def absolute_paths(config: JobConfig, *, base: Path | None = None) -> JobConfig:
     that do not exist as a local path (they are names).
     """
     root = Path.cwd() if base is None else base
-    paths = config.input.path
+    paths = config.input.path if config.input.format != "iceberg" else []
     inputs: str | list[str] = _absolute(paths, root) if isinstance(paths, str) else [_absolute(p, root) for p in paths]
     drafter = config.speculation.path
     return config.model_copy(
         update={
-            "input": config.input.model_copy(update={"path": inputs}),
+            "input": config.input.model_copy(update={"path": inputs} if inputs else {}),
             "output": config.output.model_copy(update={"path": _absolute(config.output.path, root)}),
             "model": config.model.model_copy(update={"target": _absolute_if_there(config.model.target, root)}),
             "speculation": config.speculation.model_copy(

@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dspark_batch.errors import ConfigError, ModelError, Problem
+from dspark_batch.errors import ConfigError, ModelError, OutputError, Problem
 from dspark_batch.job.config import JobConfig
 from dspark_batch.job.loader import absolute_paths, load_config
 from dspark_batch.job.outcome import Totals
@@ -17,9 +17,9 @@ from dspark_batch.job.outcome import Totals
 if TYPE_CHECKING:
     from dspark_batch.batch.commit import RunStore
     from dspark_batch.batch.manifest import ManifestEntry
+    from dspark_batch.batch.planning import ResolvedPlan
     from dspark_batch.batch.shards import Plan, Shard
 
-PLAN_FILE = "plan.json"
 RAY_WORKING_DIRS = "working_dir_files"
 """Part of the path of the folder into which ``ray job submit --working-dir`` unpacks; it goes away with the cluster."""
 
@@ -31,10 +31,16 @@ class PreparedRun:
     config: JobConfig
     store: RunStore
     plan: Plan
-    has_saved_plan: bool
+    resolved: ResolvedPlan
     fields: Mapping[str, object]
     fingerprint: str
     engine_factory: str | None
+    lease_epoch: int
+    """Which lease on the output was the last when the run looked at it."""
+
+    @property
+    def has_saved_plan(self) -> bool:
+        return self.resolved.is_saved
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,8 +52,12 @@ class Remaining:
     totals: Totals
 
 
-def prepare(path: str | Path, *, overrides: Sequence[str] = (), retry_failed: bool = False) -> PreparedRun:
+def prepare(
+    path: str | Path, *, overrides: Sequence[str] = (), retry_failed: bool = False, may_finish_swap: bool = False
+) -> PreparedRun:
     """Load and check a job. Loads neither torch, Ray nor Spark, and writes nothing.
+
+    ``may_finish_swap``: do write where an earlier run was interrupted while it took the place of an old output.
 
     Raises:
         ConfigError: the config, or a column, template or filter in it, or the model's name is wrong.
@@ -57,7 +67,8 @@ def prepare(path: str | Path, *, overrides: Sequence[str] = (), retry_failed: bo
     from dspark_batch.batch.commit import RunStore
     from dspark_batch.batch.engines import configured_factory
     from dspark_batch.batch.fingerprint import fingerprint_fields
-    from dspark_batch.batch.shards import Plan, make_plan
+    from dspark_batch.batch.lease import current_epoch
+    from dspark_batch.batch.planning import resolve_plan
     from dspark_batch.provenance import fingerprint
 
     written = load_config(path, overrides=overrides)
@@ -68,32 +79,35 @@ def prepare(path: str | Path, *, overrides: Sequence[str] = (), retry_failed: bo
     config = absolute_paths(written)
     factory = configured_factory()
     weights = _weights_identity(config, factory)
-    store = RunStore(config.output.path)
-    saved = store.read_meta(PLAN_FILE) if config.output.mode == "resume" else None
-    if saved is not None:
-        began_with = Plan.from_json(saved, source=f"{config.output.path}/_dspark/{PLAN_FILE}")
-        fields = fingerprint_fields(written, weights_fingerprint=weights, input_digest=began_with.digest)
-        _check_output(store, fields, config)
-    plan = make_plan(config.input, max_rows=config.shards.rows, saved=saved)
-    _check_columns(config, plan)
-    fields = fingerprint_fields(written, weights_fingerprint=weights, input_digest=plan.digest)
-    if saved is None:
-        _check_output(store, fields, config)
+    store = RunStore(config.output.path, mode=config.output.mode, format=config.output.format)
+    epoch = current_epoch(store.store)
+    if store.is_swapping():
+        _finish_swap(store, config, may_write=may_finish_swap)
+    resolved = resolve_plan(
+        config,
+        run=store,
+        fields_of=lambda digest: fingerprint_fields(written, weights_fingerprint=weights, input_digest=digest),
+        retry_failed=retry_failed,
+    )
+    _check_columns(config, resolved.plan)
     return PreparedRun(
         config=config,
         store=store,
-        plan=plan,
-        has_saved_plan=saved is not None,
-        fields=fields,
-        fingerprint=fingerprint(fields),
+        plan=resolved.plan,
+        resolved=resolved,
+        fields=resolved.fields,
+        fingerprint=fingerprint(resolved.fields),
         engine_factory=factory,
+        lease_epoch=epoch,
     )
 
 
-def remaining(run: PreparedRun, *, retry_failed: bool = False) -> Remaining:
-    """What is left of a run: shards without a commit and, with ``retry_failed``, those with rows worth another try."""
-    is_new = run.config.output.mode == "overwrite"
-    committed = {} if is_new else run.store.join(run.fingerprint).committed(verify_checksums=False)
+def remaining(run: PreparedRun, *, retry_failed: bool = False, verify: bool = False) -> Remaining:
+    """What is left of a run: shards without a commit and, with ``retry_failed``, those with rows worth another try.
+
+    ``verify`` compares the checksum of every output file instead of its size and modification time.
+    """
+    committed = run.store.join(run.fingerprint).committed(verify_checksums=verify)
     todo = tuple(
         shard
         for shard in run.plan.shards
@@ -157,7 +171,14 @@ def _check_columns(config: JobConfig, plan: Plan) -> None:
         raise ConfigError(problems)
 
 
-def _check_output(store: RunStore, fields: Mapping[str, object], config: JobConfig) -> None:
-    """Compare with the run that is in the output path; where none is, ``RunStore.open`` looks when the run begins."""
-    if config.output.mode != "overwrite" and store.read_meta("fingerprint.json") is not None:
-        store.open(fields, mode=config.output.mode)
+def _finish_swap(store: RunStore, config: JobConfig, *, may_write: bool) -> None:
+    from dspark_batch.batch.lease import acquire_lease
+    from dspark_batch.batch.swap import finish_swap
+
+    if not may_write:
+        raise OutputError(
+            f"{config.output.path}: a run was interrupted while it took the place of the old output; run the job to "
+            "finish that"
+        )
+    with acquire_lease(store.store, run_id=store.run_id, on_conflict=config.output.on_conflict):
+        finish_swap(store.store)

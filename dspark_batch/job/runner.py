@@ -14,7 +14,7 @@ from dspark_batch.job.drive import Bounds, Ending, bound_reached, drive
 from dspark_batch.job.loader import dump_config
 from dspark_batch.job.local import LocalBackend
 from dspark_batch.job.outcome import Outcome, Totals
-from dspark_batch.job.prepare import PLAN_FILE, PreparedRun, Remaining, prepare, remaining
+from dspark_batch.job.prepare import PreparedRun, Remaining, prepare, remaining
 from dspark_batch.job.progress import Work, progress_report
 from dspark_batch.job.signals import StopRequest
 from dspark_batch.job.summary import Finished, describe, ending_outcome, nothing_to_do
@@ -25,15 +25,46 @@ if TYPE_CHECKING:
 
 
 def run_job(
-    path: str | Path, *, overrides: Sequence[str] = (), retry_failed: bool = False, progress: TextIO | None = None
+    path: str | Path,
+    *,
+    overrides: Sequence[str] = (),
+    retry_failed: bool = False,
+    verify: bool = False,
+    progress: TextIO | None = None,
 ) -> Outcome:
     """Run a job, or go on with it, until its end or an early stop. Progress goes to stderr unless given.
 
-    Raises ConfigError, InputError, OutputError, ModelError or EngineError where the run cannot begin or go on; what
-    was committed before stays.
+    Holds the output's lease meanwhile; see ``output.on_conflict``. ``verify`` compares the checksums of what was
+    committed before. Raises ConfigError, InputError, OutputError, ModelError or EngineError where the run cannot begin
+    or go on; what was committed before stays.
     """
-    run = prepare(path, overrides=overrides, retry_failed=retry_failed)
-    left = remaining(run, retry_failed=retry_failed)
+    from dspark_batch.batch.lease import acquire_lease
+
+    stream = progress or sys.stderr
+
+    def prepared() -> PreparedRun:
+        return prepare(path, overrides=overrides, retry_failed=retry_failed, may_finish_swap=True)
+
+    run = prepared()
+    with acquire_lease(
+        run.store.store,
+        run_id=run.store.run_id,
+        on_conflict=run.config.output.on_conflict,
+        expected_epoch=run.lease_epoch,
+        say=lambda text: _say(stream, text),
+    ) as lease:
+        if lease.had_others:
+            run = prepared()
+        run.store.hold(lease)
+        return _run_to_end(run, retry_failed=retry_failed, verify=verify, stream=stream)
+
+
+def _say(stream: TextIO, text: str) -> None:
+    stream.write(f"dspark-batch: {text}\n")
+
+
+def _run_to_end(run: PreparedRun, *, retry_failed: bool, verify: bool, stream: TextIO) -> Outcome:
+    left = remaining(run, retry_failed=retry_failed, verify=verify)
     if not left.shards:
         return _close_without_work(run, left)
     bounds = Bounds(
@@ -44,7 +75,7 @@ def run_job(
     if before is not Ending.DONE:
         return ending_outcome(Finished(run=run, ending=before, done=Totals(), whole=left.totals, elapsed_s=0.0))
     _begin(run)
-    finished = _work(run, left, bounds=bounds, retry_failed=retry_failed, stream=progress or sys.stderr)
+    finished = _work(run, left, bounds=bounds, retry_failed=retry_failed, stream=stream)
     return _finish(finished)
 
 
@@ -55,11 +86,10 @@ def dry_run_job(path: str | Path, *, overrides: Sequence[str] = ()) -> Outcome:
 
 
 def _begin(run: PreparedRun) -> None:
-    run.store.open(run.fields, mode=run.config.output.mode)
-    if not run.has_saved_plan:
-        run.store.write_meta(PLAN_FILE, run.plan.to_json())
+    run.store.open(run.fields)
+    run.resolved.save(run.store)
     run.store.write_meta("run.yaml", dump_config(run.config))
-    run.store.store.delete("_SUCCESS")
+    run.store.withdraw_success()
     run.store.sweep()
 
 
@@ -92,6 +122,7 @@ def _backend(run: PreparedRun, *, num_shards: int, retry_failed: bool) -> Iterat
         run_id=run.store.run_id,
         retry_failed=retry_failed,
         engine_factory=run.engine_factory,
+        ticket=run.store.ticket,
     )
     if run.config.engine.backend == "local":
         with ShardExecutor(spec) as executor:
@@ -122,10 +153,12 @@ def _ray_backend(run: PreparedRun, spec: WorkerSpec) -> Iterator[Backend]:
 
 
 def _close_without_work(run: PreparedRun, left: Remaining) -> Outcome:
+    from dspark_batch.batch.finish import finish_run, is_complete
+
     _begin_if_new(run)
     outcome = nothing_to_do(run, left.totals)
-    if outcome.is_success and run.store.store.read("_SUCCESS") is None:
-        run.store.finish()
+    if outcome.is_success and not is_complete(run.store, plan=run.plan):
+        finish_run(run.store, plan=run.plan, config=run.config)
     return outcome
 
 
@@ -135,10 +168,12 @@ def _begin_if_new(run: PreparedRun) -> None:
 
 
 def _finish(finished: Finished) -> Outcome:
+    from dspark_batch.batch.finish import finish_run
     from dspark_batch.job.records import append_metrics
 
+    run = finished.run
     outcome = ending_outcome(finished)
     append_metrics(finished, device=device_facts())
     if outcome.is_success:
-        finished.run.store.finish()
+        finish_run(run.store, plan=run.plan, config=run.config)
     return outcome

@@ -145,7 +145,7 @@ def _sample_rows(run: PreparedRun) -> list[str]:
     for shard in run.plan.shards:
         entry = run.store.entry(shard.name)
         if entry is not None and entry.stats.num_output_rows:
-            table = committed_table(entry, store=run.store.store).slice(0, NUM_SAMPLE_ROWS)
+            table = committed_table(entry, run=run.store).slice(0, NUM_SAMPLE_ROWS)
             return [f"first rows of {entry.file}:", *format_rows(table, columns=_without_empty_error(run, table))]
     return []
 

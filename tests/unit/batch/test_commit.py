@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import replace
+from typing import ClassVar
 
 import pyarrow as pa
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from dspark_batch.batch.commit import RunStore, parquet_bytes, read_output
 from dspark_batch.batch.manifest import ManifestEntry
 from dspark_batch.batch.results import ShardResult, ShardStats
+from dspark_batch.batch.store import Store
 from dspark_batch.errors import FingerprintMismatchError, OutputError, TransientStorageError
 from dspark_batch.testing.faulty_store import FaultyStore, SimulatedCrashError
 
@@ -76,13 +78,36 @@ def test_an_entry_without_its_right_file_does_not_count(tmp_path, damage):
     run.check_integrity()
 
 
-def test_sizes_alone_can_be_compared(tmp_path):
+def test_files_are_read_again_only_where_size_or_time_changed_or_on_request(tmp_path):
     run = opened(tmp_path)
     entry = run.commit(result(0))
     path = tmp_path / entry.file
-    path.write_bytes(path.read_bytes()[:-1] + b"?")
-    assert list(run.committed(verify_checksums=False)) == [entry.shard]
+    copied = path.read_bytes()
+    path.unlink()
+    path.write_bytes(copied)
+    os.utime(path, ns=(1, 1))
+    assert list(run.committed()) == [entry.shard]
+    path.write_bytes(copied[:-1] + b"?")
     assert run.committed() == {}
+    path.write_bytes(copied)
+    assert list(run.committed(verify_checksums=True)) == [entry.shard]
+
+
+def test_an_untouched_file_is_not_read(tmp_path):
+    class Counting(Store):
+        names: ClassVar[list[str]] = []
+
+        def _read(self, name: str) -> bytes:
+            self.names.append(name)
+            return super()._read(name)
+
+    entry = opened(tmp_path).commit(result(0))
+    run = opened(tmp_path, store=Counting(str(tmp_path)))
+    assert run.committed() == {entry.shard: entry}
+    assert run.entry(entry.shard) == entry
+    assert entry.file not in Counting.names
+    run.committed(verify_checksums=True)
+    assert entry.file in Counting.names
 
 
 def test_the_first_of_two_attempts_stands(tmp_path):
@@ -127,22 +152,9 @@ def test_another_fingerprint_is_refused_with_the_fields_that_differ(tmp_path):
 
 
 def test_mode_error_refuses_a_folder_with_a_run(tmp_path):
-    RunStore(str(tmp_path)).open(FIELDS, mode="error")
+    RunStore(str(tmp_path), mode="error").open(FIELDS)
     with pytest.raises(OutputError, match="holds a run already"):
-        RunStore(str(tmp_path)).open(FIELDS, mode="error")
-
-
-def test_mode_overwrite_begins_anew_and_leaves_other_files(tmp_path):
-    run = opened(tmp_path)
-    run.commit(result(0))
-    run.write_meta("plan.json", "{}")
-    run.finish()
-    (tmp_path / "notes.txt").write_text("mine")
-    other = RunStore(str(tmp_path))
-    other.open({"other": 1}, mode="overwrite")
-    assert other.committed() == {}
-    assert other.read_meta("plan.json") is None
-    assert sorted(os.listdir(tmp_path)) == ["_dspark", "notes.txt"]
+        RunStore(str(tmp_path), mode="error").open(FIELDS)
 
 
 def test_a_folder_with_parquet_files_of_something_else_is_refused(tmp_path):

@@ -21,7 +21,7 @@ from dspark_batch.testing.faulty_store import FaultyStore, SimulatedCrashError
 from dspark_batch.testing.scripted_engine import ScriptedEngine
 
 NUM_ROWS = 53
-NUM_SHARDS = 8
+NUM_SHARDS = 6
 
 
 def write_input(folder: Path) -> None:

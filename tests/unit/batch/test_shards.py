@@ -9,8 +9,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from dspark_batch.batch.cut import cut_groups
 from dspark_batch.batch.reader import ShardReader
-from dspark_batch.batch.shards import Plan, cut_groups, make_plan
+from dspark_batch.batch.shards import Plan, make_plan
 from dspark_batch.errors import ConfigError, InputError
 from dspark_batch.job.config import InputSection
 

@@ -1,0 +1,154 @@
+"""Cuts one input file into shards, by its kind, at the ends of row groups where some lie nearby."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pyarrow import fs
+
+from dspark_batch.batch.cursors import arrow_batches
+from dspark_batch.batch.delimited import csv_columns, cut_records, parse_records
+from dspark_batch.batch.jsonl import LineRange, cut_lines, inferred_schema, parse_lines
+from dspark_batch.batch.sources import FileFormat, InputFile
+from dspark_batch.errors import InputError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Piece:
+    """Rows ``row_start`` to ``row_stop`` of a file, and for text formats the bytes that hold them."""
+
+    row_start: int
+    row_stop: int
+    byte_start: int | None = None
+    byte_stop: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CutFile:
+    """A file's columns and pieces. ``names`` are the columns in the order of the file, for formats that need them."""
+
+    schema: pa.Schema
+    pieces: tuple[Piece, ...]
+    names: tuple[str, ...] = ()
+
+
+def cut_file(
+    filesystem: fs.FileSystem, file: InputFile, *, format: FileFormat, max_rows: int, delimiter: str
+) -> CutFile:
+    """Cut a file into pieces of at most ``max_rows`` rows. Raises InputError naming file and reason."""
+    try:
+        match format:
+            case "parquet":
+                return _cut_parquet(filesystem, file, max_rows=max_rows)
+            case "arrow":
+                return _cut_arrow(filesystem, file, max_rows=max_rows)
+            case "jsonl":
+                return _cut_jsonl(filesystem, file, max_rows=max_rows)
+            case "csv":
+                tab = "\t" if file.path.lower().endswith(".tsv") else delimiter
+                return _cut_csv(filesystem, file, max_rows=max_rows, delimiter=tab)
+    except (OSError, pa.ArrowException) as error:
+        raise InputError(f"{file.path}: cannot be read as {NAMES[format]}: {error}") from error
+
+
+NAMES: dict[FileFormat, str] = {"parquet": "Parquet", "arrow": "Arrow IPC", "jsonl": "JSON lines", "csv": "CSV"}
+
+
+def cut_groups(group_rows: Sequence[int], *, max_rows: int) -> Iterator[tuple[int, int]]:
+    """Row ranges (start, stop) of at most ``max_rows`` rows over row groups, as few as possible and about equal.
+
+    A cut moves to the nearest end of a row group where one lies within a quarter of a range.
+    """
+    ends = np.cumsum(np.asarray(group_rows, dtype=np.int64))
+    total = int(ends[-1]) if len(ends) else 0
+    start = 0
+    while start < total:
+        left = total - start
+        size = -(-left // -(-left // max_rows))
+        stop = start + size
+        place = int(np.searchsorted(ends, stop))
+        near = [int(end) for end in ends[max(place - 1, 0) : place + 1]]
+        near = [end for end in near if abs(end - stop) <= size // 4 and start < end <= start + max_rows]
+        stop = min(near, key=lambda end: (abs(end - stop), end)) if near else stop
+        yield start, stop
+        start = stop
+
+
+def unify(before: Sequence[pa.Schema], schema: pa.Schema, *, file: str, is_text: bool) -> pa.Schema:
+    """One schema for both. Columns of text formats get the wider type. Raises InputError naming the file."""
+    try:
+        return pa.unify_schemas([*before, schema], promote_options="permissive" if is_text else "default")
+    except pa.ArrowException as error:
+        raise InputError(f"{file}: its columns do not fit those of the rows before it: {error}") from error
+
+
+def _cut_parquet(filesystem: fs.FileSystem, file: InputFile, *, max_rows: int) -> CutFile:
+    with filesystem.open_input_file(file.path) as stream:
+        parquet = pq.ParquetFile(stream)
+        schema = parquet.schema_arrow.remove_metadata()
+        groups = [parquet.metadata.row_group(index).num_rows for index in range(parquet.num_row_groups)]
+    fields = [field.remove_metadata() for field in schema]
+    return CutFile(schema=pa.schema(fields), pieces=_pieces(groups, max_rows=max_rows))
+
+
+def _cut_arrow(filesystem: fs.FileSystem, file: InputFile, *, max_rows: int) -> CutFile:
+    with filesystem.open_input_file(file.path) as stream:
+        schema, batches = arrow_batches(stream)
+        sizes = [batch.num_rows for batch in batches]
+    return CutFile(schema=schema.remove_metadata(), pieces=_pieces(sizes, max_rows=max_rows))
+
+
+def _pieces(groups: Sequence[int], *, max_rows: int) -> tuple[Piece, ...]:
+    return tuple(Piece(row_start=start, row_stop=stop) for start, stop in cut_groups(groups, max_rows=max_rows))
+
+
+def _cut_jsonl(filesystem: fs.FileSystem, file: InputFile, *, max_rows: int) -> CutFile:
+    schema = pa.schema([])
+    pieces: list[Piece] = []
+    with filesystem.open_input_stream(file.path, compression=None) as stream:
+        for lines in cut_lines(stream, max_rows=max_rows):
+            table = parse_lines(lines.data, schema=None, file=file.path, row_start=lines.row_start)
+            found = inferred_schema(table, file=file.path)
+            schema = unify([schema], found, file=file.path, is_text=True)
+            pieces.append(_text_piece(lines))
+    return CutFile(schema=schema, pieces=tuple(pieces))
+
+
+def _cut_csv(filesystem: fs.FileSystem, file: InputFile, *, max_rows: int, delimiter: str) -> CutFile:
+    """Columns whose rows do not agree on a type are text."""
+    schemas: list[pa.Schema] = []
+    pieces: list[Piece] = []
+    names: list[str] = []
+    with filesystem.open_input_stream(file.path, compression=None) as stream:
+        for header, lines in cut_records(stream, max_rows=max_rows, delimiter=delimiter):
+            names = names or csv_columns(header, delimiter=delimiter, file=file.path)
+            table = parse_records(
+                lines.data, names=names, schema=None, delimiter=delimiter, file=file.path, row_start=lines.row_start
+            )
+            schemas = [_common_types([*schemas, table.schema])]
+            pieces.append(_text_piece(lines))
+    return CutFile(schema=schemas[0] if schemas else pa.schema([]), pieces=tuple(pieces), names=tuple(names))
+
+
+def _common_types(schemas: Sequence[pa.Schema]) -> pa.Schema:
+    fields = []
+    for columns in zip(*schemas, strict=True):
+        kinds = {column.type for column in columns if not pa.types.is_null(column.type)}
+        is_number = kinds == {pa.int64(), pa.float64()}
+        kind = pa.float64() if is_number else next(iter(kinds)) if len(kinds) == 1 else pa.string()
+        is_empty = all(pa.types.is_null(column.type) for column in columns)
+        fields.append(pa.field(columns[0].name, pa.null() if is_empty else kind))
+    return pa.schema(fields)
+
+
+def _text_piece(lines: LineRange) -> Piece:
+    return Piece(
+        row_start=lines.row_start,
+        row_stop=lines.row_start + lines.num_rows,
+        byte_start=lines.byte_start,
+        byte_stop=lines.byte_stop,
+    )

@@ -1,0 +1,212 @@
+"""Which plan a start of a run works on: a new one, the saved one, or, for incremental runs, what has come since."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from dspark_batch.batch.commit import FINGERPRINT_FILE, RunStore, parquet_bytes
+from dspark_batch.batch.filters import parse_filter
+from dspark_batch.batch.layout import STAGING
+from dspark_batch.batch.reader import ShardReader, pack_bits
+from dspark_batch.batch.rows import check_id_column, row_ids
+from dspark_batch.batch.shards import Plan, Shard, check_unchanged, cut_files
+from dspark_batch.batch.sources import InputFile, InputFiles, find_input_files
+from dspark_batch.errors import InputError
+from dspark_batch.job.config import JobConfig
+from dspark_batch.provenance import fingerprint
+
+PLAN_FILE = "plan.json"
+FINISHED_FILE = "finished.json"
+IDS = "ids"
+ARCHIVE = "plans"
+
+FieldsOf = Callable[[str | None], Mapping[str, object]]
+"""The fingerprint fields of the run for an input digest."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ResolvedPlan:
+    """A plan, the fingerprint fields of its run, and what ``save`` has to write before the first shard."""
+
+    plan: Plan
+    fields: Mapping[str, object]
+    is_saved: bool
+    archived: Plan | None = None
+    new_ids: pa.Array[Any] | None = None
+
+    def save(self, run: RunStore) -> None:
+        """Write the plan, and first what it refers to. Nothing where it is saved already. Raises OutputError."""
+        if self.is_saved:
+            return
+        if self.archived is not None:
+            run.write_meta(f"{ARCHIVE}/{self.archived.increment:06d}.json", self.archived.to_json())
+        if self.new_ids is not None:
+            name = f"{run.ticket.meta}/{IDS}/{self.plan.id_files[-1]}"
+            data = parquet_bytes(pa.table({"id": self.new_ids}))
+            run.store.write(name, data, staging=f"{STAGING}/ids.{run.run_id}.tmp")
+        run.write_meta(PLAN_FILE, self.plan.to_json())
+
+
+def resolve_plan(config: JobConfig, *, run: RunStore, fields_of: FieldsOf, retry_failed: bool = False) -> ResolvedPlan:
+    """The plan for this start. Reads the output folder and the input, and writes nothing.
+
+    Raises:
+        FingerprintMismatchError, OutputError: the output holds a run with other settings, or mode is error and a run
+            is there.
+        InputError: the input cannot be read, or is not the one that the run began with.
+    """
+    text = run.read_meta(PLAN_FILE)
+    saved = None if text is None else Plan.from_json(text, source=f"{run.path}/{run.ticket.meta}/{PLAN_FILE}")
+    incremental = config.input.incremental
+    if saved is not None:
+        fields = fields_of(None if incremental else saved.digest)
+        if config.output.mode != "overwrite":
+            run.compare(fields)
+        elif not _is_same_run(run, fields):
+            saved = None
+    if saved is None:
+        return _first_plan(config, run=run, fields_of=fields_of)
+    if incremental is None:
+        found = find_input_files(config.input, version=saved.version)
+        check_unchanged(saved, found.files)
+        return ResolvedPlan(plan=saved, fields=fields, is_saved=True)
+    if retry_failed:
+        return ResolvedPlan(plan=_all_increments(run, saved), fields=fields, is_saved=True)
+    return _next_increment(config, run=run, saved=saved, fields=fields)
+
+
+def is_finished(run: RunStore, plan: Plan) -> bool:
+    """Whether the plan's run came to its end: everything committed, published and swapped."""
+    text = run.read_meta(FINISHED_FILE)
+    return text is not None and int(json.loads(text)["increment"]) >= plan.increment
+
+
+def mark_finished(run: RunStore, plan: Plan) -> None:
+    """Note the end of the plan's run. Raises OutputError."""
+    run.write_meta(FINISHED_FILE, json.dumps({"increment": plan.increment}) + "\n")
+
+
+def _first_plan(config: JobConfig, *, run: RunStore, fields_of: FieldsOf) -> ResolvedPlan:
+    found = find_input_files(config.input)
+    plan = cut_files(found, max_rows=config.shards.rows, delimiter=config.input.delimiter)
+    fields = fields_of(None if config.input.incremental else plan.digest)
+    run.compare(fields)
+    if config.input.incremental != "rows" or check_id_column(config.input.id, schema=plan.schema):
+        return ResolvedPlan(plan=plan, fields=fields, is_saved=False)
+    return _only_new_rows(config, ResolvedPlan(plan=plan, fields=fields, is_saved=False), seen=[])
+
+
+def _next_increment(config: JobConfig, *, run: RunStore, saved: Plan, fields: Mapping[str, object]) -> ResolvedPlan:
+    """The saved plan with the files that have come since: as a new increment where the saved one is finished."""
+    found = find_input_files(config.input)
+    known = {(file.path, file.size_bytes, file.mtime_ns) for file in saved.files}
+    new = [file for file in found.files if (file.path, file.size_bytes, file.mtime_ns) not in known]
+    if not new:
+        return ResolvedPlan(plan=saved, fields=fields, is_saved=True)
+    if config.input.incremental == "files":
+        _refuse_changed(saved, new)
+    added = cut_files(
+        InputFiles(filesystem=found.filesystem, format=found.format, files=tuple(new), version=found.version),
+        max_rows=config.shards.rows,
+        delimiter=config.input.delimiter,
+        first_index=saved.next_index,
+        schema=saved.schema,
+    )
+    resolved = ResolvedPlan(plan=replace(added, id_files=saved.id_files), fields=fields, is_saved=False, archived=None)
+    if config.input.incremental == "rows":
+        resolved = _only_new_rows(config, resolved, seen=_seen_ids(run, saved))
+    added = replace(resolved.plan, files=(*saved.files, *new))
+    if is_finished(run, saved):
+        if not added.shards:
+            return replace(resolved, plan=replace(saved, files=added.files, id_files=added.id_files))
+        return replace(resolved, plan=replace(added, increment=saved.increment + 1), archived=saved)
+    plan = replace(
+        added, shards=(*saved.shards, *added.shards), increment=saved.increment, first_index=saved.first_index
+    )
+    return replace(resolved, plan=plan)
+
+
+def _only_new_rows(config: JobConfig, resolved: ResolvedPlan, *, seen: Sequence[pa.Array[Any]]) -> ResolvedPlan:
+    """The plan with those rows alone whose id was in no plan before; rows that the filter drops stay unseen."""
+    assert config.input.id is not None
+    plan = resolved.plan
+    columns = {config.input.id}
+    if config.input.filter is not None:
+        columns.update(parse_filter(config.input.filter, schema=plan.schema)[1])
+    reader = ShardReader(config, plan_schema=plan.schema, columns=sorted(columns))
+    places: list[np.ndarray[Any, np.dtype[np.int64]]] = []
+    parts: list[pa.Array[Any]] = []
+    for shard in plan.shards:
+        table, index = reader.read_rows(shard)
+        ids = row_ids(table, id_column=config.input.id, relative_file=shard.relative, row_index=index)
+        places.append(np.asarray(index, dtype=np.int64) - shard.row_start)
+        parts.append(pa.array(ids, pa.large_string()))
+    reader.close()
+    ids_now = pa.concat_arrays(parts) if parts else pa.array([], pa.large_string())
+    is_new = np.ones(len(ids_now), dtype=np.bool_)
+    if seen:
+        is_new = ~np.asarray(pc.is_in(ids_now, value_set=pa.concat_arrays(list(seen))))
+    shards: list[Shard] = []
+    start = 0
+    for shard, place in zip(plan.shards, places, strict=True):
+        fresh = is_new[start : start + len(place)]
+        start += len(place)
+        shards += _with_rows(shard, place[fresh])
+    new_ids = ids_now.filter(pa.array(is_new))
+    names = (*plan.id_files, f"{len(plan.id_files) + 1:06d}.parquet")
+    return replace(resolved, plan=replace(plan, shards=tuple(shards), id_files=names), new_ids=new_ids)
+
+
+def _with_rows(shard: Shard, rows: np.ndarray[Any, np.dtype[np.int64]]) -> list[Shard]:
+    num_all = shard.row_stop - shard.row_start
+    if len(rows) == num_all:
+        return [shard]
+    if len(rows) == 0:
+        return []
+    keep = np.zeros(num_all, dtype=np.bool_)
+    keep[rows] = True
+    return [replace(shard, keep=pack_bits(keep), num_rows=len(rows))]
+
+
+def _seen_ids(run: RunStore, plan: Plan) -> list[pa.Array[Any]]:
+    found: list[pa.Array[Any]] = []
+    for name in plan.id_files:
+        data = run.store.read(f"{run.ticket.meta}/{IDS}/{name}")
+        if data is None:
+            raise InputError(
+                f"{run.path}/{run.ticket.meta}/{IDS}/{name} is missing, and says which rows earlier runs had; "
+                "restore it, or begin a new output"
+            )
+        found += pq.read_table(pa.BufferReader(data)).column("id").chunks
+    return found
+
+
+def _all_increments(run: RunStore, current: Plan) -> Plan:
+    names = [name for name in sorted(run.store.files(f"{run.ticket.meta}/{ARCHIVE}")) if name.endswith(".json")]
+    before = [Plan.from_json(data.decode(), source=name) for name, data in run.store.read_all(names).items()]
+    earlier = [plan for plan in before if plan.increment < current.increment]
+    return replace(current, shards=tuple(shard for plan in [*earlier, current] for shard in plan.shards))
+
+
+def _refuse_changed(saved: Plan, new: Sequence[InputFile]) -> None:
+    before = {file.path for file in saved.files}
+    changed = [file.path for file in new if file.path in before]
+    if changed:
+        raise InputError(
+            "files that earlier runs had have changed since:\n  "
+            + "\n  ".join(changed)
+            + "\ninput.incremental=files takes each file once: give new data new files, or use input.incremental=rows"
+        )
+
+
+def _is_same_run(run: RunStore, fields: Mapping[str, object]) -> bool:
+    text = run.read_meta(FINGERPRINT_FILE)
+    return text is not None and json.loads(text).get("fingerprint") == fingerprint(fields)
