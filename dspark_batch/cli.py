@@ -54,6 +54,35 @@ def run(
 
 
 @app.command()
+def table(
+    config: Annotated[Path, typer.Argument(help="YAML file of the job; its input and output sections may be missing.")],
+    source: Annotated[str, typer.Option(help="Spark table to read.")],
+    target: Annotated[str, typer.Option(help="Spark table to write.")],
+    staging: Annotated[str, typer.Option(help="Folder or URI that Spark and the job reach.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, such as sampling.seed=1.")
+    ] = None,
+    backend: Annotated[str, typer.Option(help="Where the rows are generated: ray or spark.")] = "ray",
+    ray_job_address: Annotated[str | None, typer.Option(help="Submit the job to this Ray cluster.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the target if it exists.")] = False,
+) -> None:
+    """Generate for every row of a Spark table (under spark-submit: jobs/generate_spark.py); again to resume."""
+    from dspark_batch.job.tables import TableRun, run_spark_table
+
+    run = TableRun(
+        config=config,
+        overrides=tuple(overrides or ()),
+        source=source,
+        target=target,
+        staging=staging,
+        backend=backend,
+        ray_job_address=ray_job_address,
+        overwrite=overwrite,
+    )
+    print(run_spark_table(run))
+
+
+@app.command()
 def version() -> None:
     """Print the version."""
     from dspark_batch import __version__

@@ -52,7 +52,7 @@ class SparkBackend:
 
     def __init__(self, spec: WorkerSpec, *, session: SparkSession | None = None) -> None:
         self._spec = spec
-        self._session = session or SparkSession.builder.getOrCreate()
+        self._session = session or SparkSession.getActiveSession() or SparkSession.builder.getOrCreate()
         self._store = RunStore(spec.config.output.path, run_id=spec.run_id).join(spec.fingerprint)
         self._counts = LiveCounts()
         check_session(self._session, spec.config)

@@ -15,6 +15,7 @@ from dspark_batch.testing.counting_engine import FACTORY, EngineFolder
 HAS_JAVA = shutil.which("java") is not None or bool(os.environ.get("JAVA_HOME"))
 LOOPBACK = {
     "spark.ui.enabled": "false",
+    "spark.ui.showConsoleProgress": "false",
     "spark.driver.host": "127.0.0.1",
     "spark.driver.bindAddress": "127.0.0.1",
     "spark.sql.shuffle.partitions": "2",

@@ -8,7 +8,6 @@ import subprocess
 import sys
 import textwrap
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from dspark_batch.spark.config import SparkSection
 from dspark_batch.spark.sidecar.client import SidecarClient
 from dspark_batch.spark.sidecar.launch import MAX_SOCKET_PATH_BYTES, SidecarPlace
 from dspark_batch.testing.counting_engine import FACTORY, EngineFolder
+from dspark_batch.testing.processes import is_running, wait_until_gone
 
 NUM_ROWS = 30
 
@@ -64,21 +64,6 @@ def end(pid: int) -> None:
         os.kill(pid, signal.SIGKILL)
     except ProcessLookupError:
         return
-
-
-def wait_until(condition: Callable[[], bool], *, timeout_s: float = 60.0) -> None:
-    deadline_s = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline_s, "did not happen in time"
-        time.sleep(0.05)
-
-
-def is_running(pid: int) -> bool:
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
-    except FileNotFoundError:
-        return False
-    return state != "Z"
 
 
 def job(**changes: object) -> JobConfig:
@@ -177,7 +162,7 @@ def test_an_idle_sidecar_ends_and_the_next_client_starts_another(engine: EngineF
         assert len(generated([client.submit(chunk(0))])) == 3
         pid = client.pid
         client.close()
-        wait_until(lambda pid=pid: not is_running(pid))
+        wait_until_gone([pid])
         assert len(engine.loads()) == number
 
 
@@ -207,7 +192,7 @@ def test_a_sidecar_ends_with_the_process_group_of_the_daemon(engine: EngineFolde
     assert is_running(pid)
     leader.kill()
     leader.wait()
-    wait_until(lambda: not is_running(pid))
+    wait_until_gone([pid])
 
 
 def test_socket_paths_always_fit(tmp_path: Path) -> None:
