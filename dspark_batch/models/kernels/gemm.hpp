@@ -11,7 +11,7 @@ namespace ds {
 
 constexpr int TILE_N = 32;
 constexpr int TILE_M = 12;
-constexpr int PREFETCH_CELLS = 4;
+constexpr int RUN_CELLS = 32;
 
 enum class Epilogue : int32_t { STORE = 0, ADD = 1, GATE = 2, STORE_F32 = 3 };
 
@@ -49,10 +49,11 @@ inline void pack_tile(const T* weight, const int64_t* order, int64_t tile, int64
   }
 }
 
+// Cells c0 .. c1-1 onto acc.
 template <class T, int M>
-inline void micro(const T* x, int64_t ldx, const float* w, int64_t cells, const char* ahead, vf (&acc)[M][2]) {
-  for (int i = 0; i < M; i++) acc[i][0] = acc[i][1] = vf{};
-  for (int64_t c = 0; c < cells; c++) {
+inline void micro_cells(const T* x, int64_t ldx, const float* w, int64_t c0, int64_t c1, const char* ahead,
+                        vf (&acc)[M][2]) {
+  for (int64_t c = c0; c < c1; c++) {
     vf w0 = load(w + c * TILE_N), w1 = load(w + c * TILE_N + LANES);
     if (ahead) {
       __builtin_prefetch(ahead + c * TILE_N * 4, 0, 2);
@@ -62,6 +63,22 @@ inline void micro(const T* x, int64_t ldx, const float* w, int64_t cells, const 
       vf a = broadcast_cell(x + i * ldx + c * per_cell<T>);
       acc[i][0] = dot_cell<T>(acc[i][0], w0, a);
       acc[i][1] = dot_cell<T>(acc[i][1], w1, a);
+    }
+  }
+}
+
+// float32 is summed in runs of RUN_CELLS, the runs one after another: the rounding error of a long sum falls several
+// times. In bfloat16 the inputs' own rounding is far larger.
+template <class T, int M>
+inline void micro(const T* x, int64_t ldx, const float* w, int64_t cells, const char* ahead, vf (&acc)[M][2]) {
+  for (int i = 0; i < M; i++) acc[i][0] = acc[i][1] = vf{};
+  if constexpr (sizeof(T) == 2) {
+    micro_cells<T, M>(x, ldx, w, 0, cells, ahead, acc);
+  } else {
+    for (int64_t c = 0; c < cells; c += RUN_CELLS) {
+      vf run[M][2] = {};
+      micro_cells<T, M>(x, ldx, w, c, c + RUN_CELLS < cells ? c + RUN_CELLS : cells, ahead, run);
+      for (int i = 0; i < M; i++) acc[i][0] += run[i][0], acc[i][1] += run[i][1];
     }
   }
 }

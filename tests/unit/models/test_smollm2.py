@@ -13,6 +13,7 @@ from dspark_batch.core import Message
 from dspark_batch.engine.config import EngineConfig
 from dspark_batch.models.convert import materialise
 from dspark_batch.models.loader import LoadedTarget, load_target
+from dspark_batch.models.native import NativeDecoder
 from dspark_batch.models.sources import resolve_source
 from dspark_batch.testing.flat import FlatDriver
 
@@ -49,7 +50,10 @@ def test_the_conversion_holds_float32_weights_and_a_tied_head(folder: Path, load
 
 
 def test_logits_equal_transformers_on_real_prompts(folder: Path, loaded: LoadedTarget) -> None:
+    """The native decoder lies closer to float64 than the reference does (7e-5 against 9e-5 at logits around 39); the
+    torch decoder, which serves where there is no compiler, does not sum as carefully."""
     assert loaded.codec is not None
+    tolerance = 1e-4 if isinstance(loaded.target.decoder, NativeDecoder) else 2e-4
     sequences = [loaded.codec.encode_chat((Message("user", text),)) for text in PROMPTS]
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     with torch.inference_mode():
@@ -59,7 +63,7 @@ def test_logits_equal_transformers_on_real_prompts(folder: Path, loaded: LoadedT
     driver.finish(rows, [[31, 17], [1, 6, 1]])
     for row, logits in zip(rows, expected, strict=True):
         got = torch.stack(row.logits)
-        assert (got - logits).abs().max() < 1e-3
-        assert (got.log_softmax(-1) - logits.log_softmax(-1)).abs().max() < 1e-3
+        assert (got - logits).abs().max() < tolerance
+        assert (got.log_softmax(-1) - logits.log_softmax(-1)).abs().max() < tolerance
         assert torch.equal(got.argmax(-1), logits.argmax(-1))
         loaded.target.kv.free(row.slot)
