@@ -115,8 +115,10 @@ def test_samples_of_a_row_stand_together(prompts, engine) -> None:
 
 
 def test_a_limit_stops_generation_early_and_the_engine_serves_the_next_query(prompts, engine) -> None:
-    EngineFolder.make(engine.path, max_concurrency=1)
-    assert len(generated(prompts.coalesce(1), engine).limit(1).collect()) == 1
+    """Python hands its output to the JVM in pieces of 64 KiB, so the rows have to be wide for Spark to notice."""
+    EngineFolder.make(engine.path, max_concurrency=1, step_delay_s=0.02)
+    wide = prompts.selectExpr("id", "body", "repeat('x', 20000) AS padding").coalesce(1)
+    assert len(generated(wide, engine).limit(1).collect()) == 1
     assert len(engine.rows()) < NUM_ROWS
     assert generated(prompts, engine).count() == NUM_ROWS
 
