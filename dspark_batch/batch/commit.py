@@ -130,9 +130,9 @@ class RunStore:
         assert self._is_open, "open or join the run first"
         if not replace and (standing := self.entry(result.key)) is not None:
             return standing
-        file = f"{result.key}.parquet"
         data = parquet_bytes(result.table)
         sha256 = hashlib.sha256(data).hexdigest()
+        file = f"{result.key}.parquet" if self.format == "parquet" else f"{result.key}-{sha256[:8]}.parquet"
         for _ in range(MAX_COMMIT_ATTEMPTS):
             with self.store.lock(LOCK, shared=True):
                 check_epoch(self.store, self.ticket.epoch)
@@ -193,13 +193,15 @@ class RunStore:
         """Remove shard files without a manifest entry, and staging files, that are at least ``min_age_s`` old.
 
         Another attempt may be between its rename and its manifest entry, so young files stay; a rerun of their shard
-        replaces them anyway. Files with names that no run writes are left alone. Gives the names removed.
+        replaces them anyway. Files with names that no run writes are left alone, and so are all data files of table
+        formats, which older versions of the table may name. Gives the names removed.
         """
         standing = {self.ticket.file_name(entry.file) for entry in self.committed().values()}
+        shard_files = self.store.files(self.ticket.data) if self.format == "parquet" else {}
         candidates = [file for file in self.store.files(STAGING).values() if file.name.endswith(".tmp")]
         candidates += [
             file
-            for file in self.store.files(self.ticket.data).values()
+            for file in shard_files.values()
             if SHARD_FILE.fullmatch(file.name.rpartition("/")[2]) and file.name not in standing
         ]
         now_s = time.time()
@@ -246,7 +248,8 @@ class RunStore:
         assert {self.ticket.entry_name(shard) for shard in committed} == set(entries)
         names = self.store.files(self.ticket.data)
         files = {name for name in names if SHARD_FILE.fullmatch(name.rpartition("/")[2])}
-        assert files == {self.ticket.file_name(entry.file) for entry in committed.values()}
+        standing = {self.ticket.file_name(entry.file) for entry in committed.values()}
+        assert files == standing if self.format == "parquet" else files >= standing
         assert not self.store.files(STAGING)
 
     def _take(self, fingerprint: str, *, uid: str) -> None:
@@ -286,7 +289,7 @@ class RunStore:
         )
 
     def _refuse_foreign_files(self) -> None:
-        if self.store.read(f"{META}/{FINGERPRINT_FILE}") is not None:
+        if self.format != "parquet" or self.store.read(f"{META}/{FINGERPRINT_FILE}") is not None:
             return
         foreign = sorted(name for name in self.store.files() if name.endswith(".parquet"))
         if foreign:

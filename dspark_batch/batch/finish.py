@@ -6,6 +6,7 @@ from dspark_batch.batch.commit import RunStore
 from dspark_batch.batch.lease import check_epoch
 from dspark_batch.batch.manifest import ManifestEntry
 from dspark_batch.batch.planning import is_finished, mark_finished
+from dspark_batch.batch.publication import table_schema
 from dspark_batch.batch.shards import Plan
 from dspark_batch.batch.swap import begin_swap, finish_swap
 from dspark_batch.errors import OutputError
@@ -29,7 +30,7 @@ def finish_run(run: RunStore, *, plan: Plan, config: JobConfig) -> None:
         )
     entries = [committed[shard.name] for shard in plan.shards]
     if config.output.format != "parquet":
-        _publish(run, entries, plan=plan, config=config)
+        _publish(run, committed, plan=plan, config=config)
     if run.mode == "overwrite":
         is_table = config.output.format != "parquet"
         begin_swap(run.store, files=None if is_table else [entry.file for entry in entries])
@@ -44,12 +45,13 @@ def is_complete(run: RunStore, *, plan: Plan) -> bool:
     return is_finished(run, plan) and run.has_success()
 
 
-def _publish(run: RunStore, entries: list[ManifestEntry], *, plan: Plan, config: JobConfig) -> None:
+def _publish(run: RunStore, entries: dict[str, ManifestEntry], *, plan: Plan, config: JobConfig) -> None:
+    schema = table_schema(config, plan_schema=plan.schema)
     if config.output.format == "delta":
         from dspark_batch.batch.delta import publish_delta
 
-        publish_delta(run, entries, plan=plan, config=config)
+        publish_delta(run, entries, schema=schema)
     else:
         from dspark_batch.batch.iceberg import publish_iceberg
 
-        publish_iceberg(run, entries, plan=plan, config=config)
+        publish_iceberg(run, entries, section=config.output, schema=schema)

@@ -36,8 +36,8 @@ def add_constants(table: pa.Table, constants: Sequence[tuple[str, str | None]], 
     for name, value in constants:
         if name in schema.names and name not in table.column_names:
             kind = schema.field(name).type
-            text = pa.array([value], pa.string()).cast(kind)
-            column = pa.nulls(table.num_rows, kind) if value is None else pa.repeat(text[0], table.num_rows)
+            scalar: Any = pa.array([value], pa.string()).cast(kind)[0]
+            column = pa.nulls(table.num_rows, kind) if value is None else pa.repeat(scalar, table.num_rows)
             table = table.append_column(name, column)
     return table
 

@@ -12,7 +12,7 @@ SUCCESS = "_SUCCESS"
 SWAP = f"{META}/swap.json"
 STAGING = f"{META}/staging"
 LOCK = f"{META}/lock"
-SHARD_FILE = re.compile(r"part-\d{5,}-[0-9a-f]{8}\.parquet")
+SHARD_FILE = re.compile(r"part-\d{5,}-[0-9a-f]{8}(-[0-9a-f]{8})?\.parquet")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -50,9 +50,9 @@ class Store:
     """
 
     def __init__(self, path: str, *, filesystem: fs.FileSystem | None = None, backoff_s: float = 0.2) -> None:
-        self._fs, self.root = open_filesystem(path, filesystem=filesystem)
+        self.filesystem, self.root = open_filesystem(path, filesystem=filesystem)
         self._backoff_s = backoff_s
-        self.is_local = isinstance(self._fs, fs.LocalFileSystem)
+        self.is_local = isinstance(self.filesystem, fs.LocalFileSystem)
 
     def write(self, name: str, data: bytes, *, staging: str) -> None:
         """Write the file so that it is whole or absent under ``name``: staged under another name, fsynced, renamed."""
@@ -112,7 +112,7 @@ class Store:
 
     def stat(self, name: str) -> StoredFile | None:
         """Size and modification time, or None where there is no such file."""
-        info = self._try(lambda: self._fs.get_file_info(self._path(name)), doing="look at", name=name)
+        info = self._try(lambda: self.filesystem.get_file_info(self._path(name)), doing="look at", name=name)
         if info.type != fs.FileType.File:
             return None
         return StoredFile(name=name, size_bytes=info.size, modified_s=(info.mtime_ns or 0) / 1e9)
@@ -146,8 +146,8 @@ class Store:
             target.parent.mkdir(parents=True, exist_ok=True)
             _write_durably(target, data)
             return
-        self._fs.create_dir(self._path(name).rpartition("/")[0], recursive=True)
-        with self._fs.open_output_stream(self._path(name)) as stream:
+        self.filesystem.create_dir(self._path(name).rpartition("/")[0], recursive=True)
+        with self.filesystem.open_output_stream(self._path(name)) as stream:
             stream.write(data)
 
     def _move(self, source: str, target: str) -> None:
@@ -157,8 +157,8 @@ class Store:
             Path(self._path(source)).replace(path)
             fsync_folder(path.parent)
             return
-        self._fs.create_dir(self._path(target).rpartition("/")[0], recursive=True)
-        self._fs.move(self._path(source), self._path(target))
+        self.filesystem.create_dir(self._path(target).rpartition("/")[0], recursive=True)
+        self.filesystem.move(self._path(source), self._path(target))
 
     def _link(self, source: str, target: str) -> bool:
         path = Path(self._path(target))
@@ -171,16 +171,16 @@ class Store:
         return True
 
     def _read(self, name: str) -> bytes:
-        with self._fs.open_input_stream(self._path(name)) as stream:
+        with self.filesystem.open_input_stream(self._path(name)) as stream:
             return bytes(stream.read())
 
     def _delete(self, name: str) -> None:
-        self._fs.delete_file(self._path(name))
+        self.filesystem.delete_file(self._path(name))
 
     def _files(self, folder: str, *, recursive: bool) -> dict[str, StoredFile]:
         selector = fs.FileSelector(self._path(folder), recursive=recursive, allow_not_found=True)
         found: dict[str, StoredFile] = {}
-        for info in self._fs.get_file_info(selector):
+        for info in self.filesystem.get_file_info(selector):
             if info.type != fs.FileType.File:
                 continue
             name = info.path.removeprefix(self.root).lstrip("/")

@@ -7,7 +7,8 @@ from typing import Any
 
 import jinja2
 from jinja2 import meta, nodes
-from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
+from jinja2.exceptions import SecurityError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 MAX_PROMPT_CHARS = 16 * 2**20
 """Longest text that a template may render to; far above every model's context, far below what ends a process."""

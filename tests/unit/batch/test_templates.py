@@ -4,7 +4,7 @@ import random
 
 import jinja2
 import pytest
-from jinja2.sandbox import SecurityError
+from jinja2.exceptions import SecurityError
 
 from dspark_batch.batch import templates
 from dspark_batch.batch.templates import CompiledTemplate, TooLongError
