@@ -47,11 +47,18 @@ def reviews(spark):
     return frame
 
 
-@pytest.fixture(scope="module", params=list(SAMPLING))
-def case(request):
+@pytest.fixture(scope="module")
+def cases():
     engine = EngineFolder.make(FOLDER / "engine")
-    sampling = SAMPLING[request.param]
-    return engine, sampling, local_texts(FOLDER / request.param, target=engine.path, **sampling)
+    return {
+        name: (engine, sampling, local_texts(FOLDER / name, target=engine.path, **sampling))
+        for name, sampling in SAMPLING.items()
+    }
+
+
+@pytest.fixture
+def case(cases):
+    return cases["hot"]
 
 
 def texts(frame) -> dict[int, str | None]:
@@ -61,9 +68,9 @@ def texts(frame) -> dict[int, str | None]:
     return found
 
 
-@pytest.mark.parametrize("process", ["worker", "sidecar"])
-def test_generate(reviews, case, process) -> None:
-    engine, sampling, expected = case
+@pytest.mark.parametrize(("process", "temperature"), [("worker", "greedy"), ("sidecar", "hot")])
+def test_generate(reviews, cases, process, temperature) -> None:
+    engine, sampling, expected = cases[temperature]
     config = {**job_values(engine.path, **sampling), "spark": {"engine_process": process, "rows_per_chunk": 9}}
     assert texts(generate(reviews, config, prompt=TEMPLATE, id="review_id", num_partitions=3)) == expected
 

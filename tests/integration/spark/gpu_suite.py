@@ -56,13 +56,11 @@ def generated(spark, engine: EngineFolder, **settings):
     return generate(frame, config, prompt="body", id="id", num_partitions=4)
 
 
-@pytest.mark.parametrize(("process", "most"), [("worker", 4), ("auto", 2)])
-def test_the_engine_of_each_executor_sees_its_own_device(spark, process, most) -> None:
+@pytest.mark.parametrize("process", ["worker", "auto"])
+def test_the_engine_of_each_executor_sees_its_own_device(spark, process) -> None:
     engine = EngineFolder.make(FOLDER / process, step_delay_s=0.05)
     assert generated(spark, engine, engine_process=process).count() == NUM_ROWS
-    loads = engine.loads()
-    assert {load["CUDA_VISIBLE_DEVICES"] for load in loads} == {"0", "1"}
-    assert len(loads) <= most
+    assert sorted(load["CUDA_VISIBLE_DEVICES"] for load in engine.loads()) == ["0", "1"]
     assert len(engine.rows()) == NUM_ROWS
 
 

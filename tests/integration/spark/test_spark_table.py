@@ -141,6 +141,16 @@ def test_shards_that_a_dead_task_committed_are_not_generated_again(spark, source
     assert NUM_ROWS + 1 < len(engine.rows()) < 2 * NUM_ROWS
 
 
+@pytest.mark.ray
+def test_a_ray_job_gives_the_rows_that_spark_tasks_give(spark, source, engine, table_job, target, tmp_path) -> None:
+    through_spark = canonical(generate_table(spark, target, table_job, tmp_path / "one"))
+    spark.sql(f"DROP TABLE {target}")
+    rows = run_table(
+        spark, "wide_source", target, table_job, staging=str(tmp_path / "two"), prompt="Say {{ body }}", id="id"
+    )
+    assert canonical(rows) == through_spark
+
+
 def test_an_existing_target_and_a_foreign_staging_folder_are_refused(
     spark, source, table_job, target, tmp_path
 ) -> None:
