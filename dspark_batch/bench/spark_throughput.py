@@ -89,13 +89,14 @@ def measure_local(setup: Setup, *, folder: Path, name: str) -> Sample:
     config = folder / f"{name}.yaml"
     config.write_text(dump_config(config_from_values(values, source="benchmark")), encoding="utf-8")
     run = prepare(config)
-    run.store.open(run.fields, mode="error")
+    run.store.open(run.fields)
     spec = WorkerSpec(
         config=run.config,
         plan_schema=run.plan.schema,
         fingerprint=run.fingerprint,
         run_id=run.store.run_id,
         engine_factory=run.engine_factory,
+        ticket=run.store.ticket,
     )
     with ShardExecutor(spec) as executor:
         in_flight = run.config.shards_in_flight(num_shards=len(run.plan.shards))

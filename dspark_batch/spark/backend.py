@@ -53,7 +53,7 @@ class SparkBackend:
     def __init__(self, spec: WorkerSpec, *, session: SparkSession | None = None) -> None:
         self._spec = spec
         self._session = session or SparkSession.getActiveSession() or SparkSession.builder.getOrCreate()
-        self._store = RunStore(spec.config.output.path, run_id=spec.run_id).join(spec.fingerprint)
+        self._store = spec.open_store()
         self._counts = LiveCounts()
         check_session(self._session, spec.config)
 
@@ -137,7 +137,7 @@ class ShardTask:
 
     def _work(self, shards: Sequence[Shard], spec: WorkerSpec) -> list[ManifestEntry | Failure]:
         """Raises EngineError, so that Spark tries the task again; shards that are committed are not generated again."""
-        store = RunStore(spec.config.output.path, run_id=spec.run_id).join(spec.fingerprint)
+        store = spec.open_store()
         in_flight = spec.config.shards_in_flight(num_shards=len(shards))
         try:
             with (

@@ -23,7 +23,11 @@ def review_rows(num_rows: int = NUM_ROWS) -> list[tuple[int, str | None, int]]:
 
 def job_values(target: Path, **sampling: Any) -> dict[str, Any]:
     """A config for DataFrame calls, on the engine that ``target`` stands for."""
-    return {"model": {"target": str(target)}, "sampling": {"max_new_tokens": 7, **sampling}}
+    return {
+        "model": {"target": str(target)},
+        "sampling": {"max_new_tokens": 7, **sampling},
+        "output": {"column": "text"},
+    }
 
 
 def local_texts(folder: Path, *, target: Path, **sampling: Any) -> dict[int, str | None]:
@@ -39,7 +43,7 @@ def local_texts(folder: Path, *, target: Path, **sampling: Any) -> dict[int, str
         **job_values(target, **sampling),
         "input": {"path": str(folder / "in.parquet"), "id": "review_id"},
         "prompt": {"template": TEMPLATE},
-        "output": {"path": str(folder / "out")},
+        "output": {"path": str(folder / "out"), "column": "text"},
         "engine": {"backend": "local"},
         "shards": {"rows": 13},
         "limits": {"max_failed_fraction": 1.0},
