@@ -13,7 +13,7 @@ from dspark_batch.testing.processes import is_running, wait_until_gone
 from dspark_batch.testing.spark_rows import job_values
 
 FOLDER = Path(os.environ["DSPARK_BATCH_TEST_FOLDER"])
-NUM_ROWS = 30
+NUM_ROWS = 20
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,7 @@ def spark():
 def generated(spark, engine: EngineFolder, **settings):
     frame = spark.range(NUM_ROWS).selectExpr("id", "concat('row ', id) AS body")
     config = {**job_values(engine.path), "spark": settings}
-    return generate(frame, config, prompt="body", id="id", num_partitions=4)
+    return generate(frame, config, prompt="body", id="id", num_partitions=2)
 
 
 @pytest.mark.parametrize("process", ["worker", "auto"])

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import pytest
+from pyspark.errors import AnalysisException
 
+from dspark_batch.errors import ConfigError
 from dspark_batch.spark import generate, generate_udf, register, register_table_function
 from dspark_batch.testing.counting_engine import EngineFolder
 from dspark_batch.testing.spark_rows import SCHEMA, TEMPLATE, job_values, local_texts, review_rows
@@ -80,3 +82,32 @@ def test_the_table_function_gives_the_local_backends_texts(spark, reviews, modul
     )
     assert frame.columns[:4] == ["review_id", "body", "stars", "text"]
     assert texts(frame) == expected
+
+
+def test_what_is_wrong_with_a_call_is_said_before_anything_runs(spark, reviews, module_engine) -> None:
+    config = job_values(module_engine.path)
+    with pytest.raises(ConfigError, match="no column 'text'; its columns are: review_id, body, stars"):
+        generate(reviews, config, prompt="Say {{ text }}")
+    with pytest.raises(ConfigError, match="no column 'key'"):
+        generate(reviews, config, prompt="body", id="key")
+    with pytest.raises(ConfigError, match="'Text' differs from 'text' in case only"):
+        generate(reviews.withColumnRenamed("stars", "Text"), config, prompt="body")
+    with pytest.raises(ConfigError, match="is not a name for a SQL function"):
+        register(spark, "drop table", config)
+
+
+def test_calls_of_the_table_function_that_do_not_fit_say_why(spark, reviews, module_engine) -> None:
+    register_table_function(spark, "dspark_generate_table", job_values(module_engine.path))
+    for arguments, reason in {
+        "prompt => 'nothing'": "neither a template",
+        "promt => 'body'": "is not an argument",
+        "id => 'review_id'": "prompt: is required",
+    }.items():
+        with pytest.raises(AnalysisException, match=reason):
+            spark.sql(f"SELECT * FROM dspark_generate_table(TABLE(reviews), {arguments})")
+
+
+def test_an_empty_table_and_empty_partitions_load_no_engine(spark, engine) -> None:
+    frame = spark.createDataFrame([], SCHEMA)
+    assert generate(frame, job_values(engine.path), prompt="body", num_partitions=3).count() == 0
+    assert engine.loads() == []

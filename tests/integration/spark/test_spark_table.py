@@ -6,8 +6,10 @@ import datetime as dt
 from decimal import Decimal
 
 import pytest
+import yaml
 from pyspark.sql import Row
 
+from dspark_batch.cli import run_cli
 from dspark_batch.errors import ConfigError, OutputError
 from dspark_batch.spark import run_table
 from dspark_batch.spark import table as table_module
@@ -142,6 +144,10 @@ def test_shards_that_a_dead_task_committed_are_not_generated_again(spark, source
 
 
 @pytest.mark.ray
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:ray")
+@pytest.mark.filterwarnings("ignore::FutureWarning:ray")
 def test_a_ray_job_gives_the_rows_that_spark_tasks_give(spark, source, engine, table_job, target, tmp_path) -> None:
     through_spark = canonical(generate_table(spark, target, table_job, tmp_path / "one"))
     spark.sql(f"DROP TABLE {target}")
@@ -165,3 +171,14 @@ def test_a_type_that_parquet_would_change_is_named(spark, table_job, tmp_path) -
     frame = spark.sql("SELECT 1 AS id, 'x' AS body, INTERVAL '2' DAY AS wait")
     with pytest.raises(ConfigError, match="'wait' has type interval day"):
         run_table(spark, frame, "never", table_job, staging=str(tmp_path), prompt="body", backend="spark")
+
+
+def test_the_table_command_runs_under_the_session_of_its_process(
+    spark, source, table_job, target, tmp_path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tmp_path / "job.yaml"
+    config.write_text(yaml.safe_dump({**table_job, "prompt": {"template": "Say {{ body }}"}}))
+    arguments = ["--source", "wide_source", "--target", target, "--staging", str(tmp_path / "s"), "--backend", "spark"]
+    assert run_cli(["table", str(config), "sampling.max_new_tokens=2", *arguments]) == 0
+    assert f"{target}: {NUM_ROWS + 2} rows" in capsys.readouterr().out
+    assert spark.table(target).filter("num_generated_tokens > 2").count() == 0
