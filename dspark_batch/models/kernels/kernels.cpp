@@ -38,9 +38,8 @@ void attend(const Plan& plan, T* qkv, const Rope& rope, const T* q_norm, const T
 }
 
 template <class T>
-void linear(const Linear<T>& w, const T* x, int64_t m, void* y, int64_t ldy, Epilogue how) {
-  const int tiles = int((w.n + TILE_N - 1) / TILE_N);
-  parallel(tiles, m * w.n * w.k > 8 * SMALL, [&](int t) { tile_product(w, x, w.k, 0, m, t, y, ldy, how); });
+void linear(const Linear<T>& w, const T* x, int64_t m, const Target<T>& to) {
+  run_team(m * w.n * w.k > 8 * SMALL, 1, [&](Team& team) { product(team, w, x, m, to); });
 }
 
 }  // namespace
@@ -108,7 +107,7 @@ void ds_pack(int is_bf16, const void* weight, const int64_t* order, int64_t n, i
 
 void ds_linear(int is_bf16, const float* packed, const void* bias, int64_t n, int64_t k, const void* x, int64_t m,
                void* y, int64_t ldy, int32_t epilogue) {
-  DS_DISPATCH(is_bf16, linear<T>({packed, as<T>(bias), n, k}, as<T>(x), m, y, ldy, Epilogue(epilogue)));
+  DS_DISPATCH(is_bf16, linear<T>({packed, as<T>(bias), n, k}, as<T>(x), m, {y, ldy, Epilogue(epilogue)}));
 }
 
 void ds_step(int is_bf16, const ModelArgs* model, const StepArgs* step) {

@@ -79,9 +79,7 @@ class Step {
 
   void product(Team& team, const float* w, const void* bias, int64_t n, int64_t k, const T* x, int64_t m, T* y,
                int64_t ldy, Epilogue how) const {
-    Linear<T> linear{w, static_cast<const T*>(bias), n, k};
-    team.share_ranges(int((n + TILE_N - 1) / TILE_N),
-                      [&](int tile) { tile_product(linear, x, k, 0, m, tile, y, ldy, how); });
+    ds::product<T>(team, {w, static_cast<const T*>(bias), n, k}, x, m, {y, ldy, how});
   }
 
   // h = norm(x); the tap of the layer that x is the output of is copied on the way.
@@ -120,7 +118,7 @@ class Step {
       T *k = static_cast<T*>(a.k), *v = static_cast<T*>(a.v);
       AttentionPhase<T> attention{{p, qkv_, k, v, attended_, partials_}, {m_.cos, m_.sin}, qkv_, k, v};
       attention.run(team, static_cast<const T*>(a.q_norm), static_cast<const T*>(a.k_norm));
-        if (l + 1 == m_.num_layers && compacts && !last_is_tapped) {
+      if (l + 1 == m_.num_layers && compacts && !last_is_tapped) {
         compact(team, x, attended_);
         tokens = s_.num_keep;
       }
