@@ -42,7 +42,7 @@ def delta_files(section: InputSection, *, version: int | None) -> InputFiles:
     try:
         table: DeltaTable = deltalake.DeltaTable(_table_uri(section.path, used), version=version)
         actions = pa.table(table.get_add_actions(flatten=True)).to_pylist()
-        schema = pa.schema(table.schema().to_arrow())
+        schema = _columns(table)
         protocol, configuration = table.protocol(), table.metadata().configuration
         at = table.version()
     except (deltalake.exceptions.DeltaError, OSError, ValueError) as error:
@@ -77,7 +77,7 @@ def publish_delta(run: RunStore, entries: dict[str, ManifestEntry], *, schema: p
     for _ in range(MAX_PUBLISH_ATTEMPTS):
         try:
             table = _open_or_create(deltalake, uri, schema=schema)
-            check_columns(pa.schema(table.schema().to_arrow()), schema, table=run.path)
+            check_columns(_columns(table), schema, table=run.path)
             known = table.transaction_version(_app_id(run)) or 0
             publication = next_publication(run, entries, table_version=known)
             if publication is not None:
@@ -128,6 +128,11 @@ def _open_or_create(deltalake: Any, uri: str, *, schema: pa.Schema) -> DeltaTabl
     if table.metadata().partition_columns:
         raise OutputError(f"{uri}: the Delta table is partitioned, which is not supported; choose another table")
     return table
+
+
+def _columns(table: DeltaTable) -> pa.Schema:
+    exported: Any = table.schema().to_arrow()
+    return pa.schema(exported)
 
 
 def _input_file(action: dict[str, Any], *, folder: str) -> InputFile:

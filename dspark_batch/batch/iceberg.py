@@ -17,6 +17,7 @@ from dspark_batch.batch.publication import (
     Publication,
     check_columns,
     next_publication,
+    plain_type,
     summary_of,
 )
 from dspark_batch.batch.sources import InputFile, InputFiles
@@ -54,7 +55,8 @@ def iceberg_files(section: InputSection, *, snapshot_id: int | None) -> InputFil
     files = [_input_file(path, size, filesystem=used, table=table) for path, size in paths]
     if not files:
         raise InputError(f"{section.path}: snapshot {snapshot.snapshot_id} has no rows")
-    schema = schema_to_pyarrow(scan.projection(), include_field_ids=False)
+    found = schema_to_pyarrow(scan.projection(), include_field_ids=False)
+    schema = pa.schema([pa.field(field.name, plain_type(field.type)) for field in found])
     _check_field_ids(used, files, table=table)
     return InputFiles(
         filesystem=used, format="parquet", files=tuple(files), version=snapshot.snapshot_id, schema=schema

@@ -19,7 +19,7 @@ from dspark_batch.batch.publication import table_schema
 from dspark_batch.batch.reader import ShardReader, pack_bits
 from dspark_batch.batch.rows import check_id_column, row_ids
 from dspark_batch.batch.shards import Plan, Shard, check_unchanged, cut_files
-from dspark_batch.batch.sources import InputFile, InputFiles, find_input_files
+from dspark_batch.batch.sources import InputFile, find_input_files
 from dspark_batch.errors import InputError
 from dspark_batch.job.config import JobConfig
 from dspark_batch.provenance import fingerprint
@@ -117,7 +117,7 @@ def _next_increment(config: JobConfig, *, run: RunStore, saved: Plan, fields: Ma
     if config.input.incremental == "files":
         _refuse_changed(saved, new)
     added = cut_files(
-        InputFiles(filesystem=found.filesystem, format=found.format, files=tuple(new), version=found.version),
+        replace(found, files=tuple(new)),
         max_rows=config.shards.rows,
         delimiter=config.input.delimiter,
         first_index=saved.next_index,
@@ -138,7 +138,10 @@ def _next_increment(config: JobConfig, *, run: RunStore, saved: Plan, fields: Ma
 
 
 def _only_new_rows(config: JobConfig, resolved: ResolvedPlan, *, seen: Sequence[pa.Array[Any]]) -> ResolvedPlan:
-    """The plan with those rows alone whose id was in no plan before; rows that the filter drops stay unseen."""
+    """The plan with those rows alone whose id was in no plan before, and of equal ids the first.
+
+    Rows that the filter drops stay unseen.
+    """
     assert config.input.id is not None
     plan = resolved.plan
     columns = {config.input.id}
@@ -154,9 +157,9 @@ def _only_new_rows(config: JobConfig, resolved: ResolvedPlan, *, seen: Sequence[
         parts.append(pa.array(ids, pa.large_string()))
     reader.close()
     ids_now = pa.concat_arrays(parts) if parts else pa.array([], pa.large_string())
-    is_new = np.ones(len(ids_now), dtype=np.bool_)
+    is_new = _is_first(ids_now)
     if seen:
-        is_new = ~np.asarray(pc.is_in(ids_now, value_set=pa.concat_arrays(list(seen))))
+        is_new &= ~np.asarray(pc.is_in(ids_now, value_set=pa.concat_arrays(list(seen))))
     shards: list[Shard] = []
     start = 0
     for shard, place in zip(plan.shards, places, strict=True):
@@ -166,6 +169,13 @@ def _only_new_rows(config: JobConfig, resolved: ResolvedPlan, *, seen: Sequence[
     new_ids = ids_now.filter(pa.array(is_new))
     names = (*plan.id_files, f"{len(plan.id_files) + 1:06d}.parquet")
     return replace(resolved, plan=replace(plan, shards=tuple(shards), id_files=names), new_ids=new_ids)
+
+
+def _is_first(ids: pa.Array[Any]) -> np.ndarray[Any, np.dtype[np.bool_]]:
+    codes = np.asarray(ids.dictionary_encode().indices)
+    first = np.zeros(len(ids), dtype=np.bool_)
+    first[np.unique(codes, return_index=True)[1]] = True
+    return first
 
 
 def _with_rows(shard: Shard, rows: np.ndarray[Any, np.dtype[np.int64]]) -> list[Shard]:

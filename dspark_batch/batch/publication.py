@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import pyarrow as pa
 
@@ -44,7 +45,7 @@ def next_publication(run: RunStore, entries: Mapping[str, ManifestEntry], *, tab
     OutputError where the table knows of fewer publications than the run made.
     """
     text = run.read_meta(PUBLISHED_FILE)
-    record = {"version": 0, "files": {}, "before": {}} if text is None else json.loads(text)
+    record: dict[str, Any] = {"version": 0, "files": {}, "before": {}} if text is None else json.loads(text)
     if record["version"] > table_version + 1 or record["version"] < table_version:
         raise OutputError(
             f"{run.path}: this run published {record['version']} times and its table knows of {table_version}; was the "
@@ -80,7 +81,7 @@ def table_schema(config: JobConfig, *, plan_schema: pa.Schema) -> pa.Schema:
     Raises ConfigError naming the columns whose types Delta and Iceberg lack.
     """
     rows = row_schema(config, input_schema=columns_to_read(config, schema=plan_schema)).output
-    fields = [pa.field(field.name, _plain(field.type)) for field in rows]
+    fields = [pa.field(field.name, plain_type(field.type)) for field in rows]
     problems = [
         Problem(
             "output.format", f"column {field.name!r} has type {field.type}, which {config.output.format} cannot hold"
@@ -95,8 +96,8 @@ def table_schema(config: JobConfig, *, plan_schema: pa.Schema) -> pa.Schema:
 
 def check_columns(found: pa.Schema, wanted: pa.Schema, *, table: str) -> None:
     """Raise OutputError where a table that is there already has other columns."""
-    there = {field.name: _plain(field.type) for field in found}
-    here = {field.name: _plain(field.type) for field in wanted}
+    there = {field.name: plain_type(field.type) for field in found}
+    here = {field.name: plain_type(field.type) for field in wanted}
     if list(there.items()) != list(here.items()):
         raise OutputError(
             f"table {table} has other columns than this run writes: {_shown(there)} there, {_shown(here)} here; "
@@ -104,18 +105,18 @@ def check_columns(found: pa.Schema, wanted: pa.Schema, *, table: str) -> None:
         )
 
 
-def _plain(kind: pa.DataType) -> pa.DataType:
+def plain_type(kind: pa.DataType) -> pa.DataType:
     """The type without what Parquet files do not show: dictionaries and 64-bit offsets, names of list items."""
     if isinstance(kind, pa.DictionaryType):
-        return _plain(kind.value_type)
+        return plain_type(kind.value_type)
     if pa.types.is_large_string(kind) or pa.types.is_string_view(kind):
         return pa.string()
     if pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind):
         return pa.binary()
     if pa.types.is_list(kind) or pa.types.is_large_list(kind):
-        return pa.list_(_plain(kind.value_type))
+        return pa.list_(plain_type(kind.value_type))
     if pa.types.is_struct(kind):
-        return pa.struct([pa.field(field.name, _plain(field.type)) for field in kind])
+        return pa.struct([pa.field(field.name, plain_type(field.type)) for field in kind])
     return kind
 
 

@@ -1,0 +1,153 @@
+"""CSV, Arrow IPC, Hive partitions and saved datasets: every row once, whatever the cut."""
+
+from __future__ import annotations
+
+import csv
+import json
+import random
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.feather as feather
+import pyarrow.parquet as pq
+import pytest
+
+from dspark_batch.batch.reader import ShardReader
+from dspark_batch.batch.shards import Plan, make_plan
+from dspark_batch.batch.sources import find_input_files
+from dspark_batch.errors import InputError
+from dspark_batch.job.config import InputSection
+
+
+def read_all(config, *, max_rows: int) -> tuple[Plan, pa.Table]:
+    plan = make_plan(config.input, max_rows=max_rows)
+    assert Plan.from_json(plan.to_json(), source="here") == plan
+    assert all(shard.num_rows <= max_rows for shard in plan.shards)
+    reader = ShardReader(config, plan_schema=plan.schema)
+    order = list(range(len(plan.shards)))
+    random.Random(1).shuffle(order)
+    tables = {place: reader.read(plan.shards[place]).table for place in order}
+    reader.close()
+    return plan, pa.concat_tables([tables[place] for place in sorted(tables)])
+
+
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "in").mkdir(exist_ok=True)
+    return tmp_path / "in"
+
+
+@pytest.mark.parametrize("max_rows", [1, 3, 7, 100])
+@pytest.mark.parametrize(
+    ("suffix", "delimiter", "end"), [("csv", ",", "\n"), ("tsv", "\t", "\r\n"), ("csv", ";", "\n")]
+)
+def test_csv_records_with_quotes_and_line_ends_come_out_once(make_config, tmp_path, max_rows, suffix, delimiter, end):
+    rng = random.Random(max_rows)
+    pieces = ["plain", 'say "hi"', "two\nlines", f"a{delimiter}b", "", '"', "größe", '5" pipe', "tail\n"]
+    rows = [{"text": "".join(rng.choices(pieces, k=2)) or "x", "n": n} for n in range(23)]
+    with (folder(tmp_path) / f"a.{suffix}").open("w", newline="") as file:
+        writer = csv.DictWriter(file, ["text", "n"], delimiter=delimiter, lineterminator=end)
+        writer.writeheader()
+        writer.writerows(rows)
+    _, table = read_all(make_config(input={"delimiter": delimiter}), max_rows=max_rows)
+    assert table.to_pylist() == rows
+    assert table.schema.field("n").type == pa.int64()
+
+
+def test_csv_with_a_bare_quote_in_an_unquoted_field_and_a_byte_order_mark(make_config, tmp_path):
+    (folder(tmp_path) / "a.csv").write_bytes(b"\xef\xbb\xbftext,n\n5\" pipe,1\n\n6' rod,2\n")
+    _, table = read_all(make_config(), max_rows=1)
+    assert table.to_pylist() == [{"text": '5" pipe', "n": 1}, {"text": "6' rod", "n": 2}]
+
+
+def test_csv_columns_whose_rows_disagree_are_text_and_dates_stay_text(make_config, tmp_path):
+    text = "text,a,b,day,none\nx,1,1,2026-01-31,\ny,2.5,q,2026-02-01,\nz,,3,,\n"
+    (folder(tmp_path) / "a.csv").write_text(text)
+    plan, table = read_all(make_config(), max_rows=1)
+    kinds = {field.name: field.type for field in plan.schema}
+    assert (kinds["a"], kinds["b"], kinds["day"]) == (pa.float64(), pa.string(), pa.string())
+    assert table["a"].to_pylist() == [1.0, 2.5, None]
+    assert table["b"].to_pylist() == ["1", "q", "3"]
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [("a,a\n1,2\n", "must name every column, each once"), ("a,b\n1,2\n1,2,3\n", r"a\.csv, rows from 1")],
+)
+def test_a_broken_csv_file_is_named(tmp_path, text, reason):
+    (folder(tmp_path) / "a.csv").write_text(text)
+    with pytest.raises(InputError, match=reason):
+        make_plan(InputSection(path=str(tmp_path / "in")), max_rows=1)
+
+
+@pytest.mark.parametrize("max_rows", [1, 4, 11, 100])
+@pytest.mark.parametrize("kind", ["file", "stream", "feather"])
+def test_arrow_files_and_streams_are_read_by_rows(make_config, tmp_path, max_rows, kind):
+    table = pa.table({"text": [f"t{n}" for n in range(37)], "n": range(37), "unused": ["u"] * 37})
+    path = folder(tmp_path) / "a.arrow"
+    if kind == "feather":
+        feather.write_feather(table, str(path), compression="zstd", chunksize=5)
+    else:
+        make = pa.ipc.new_file if kind == "file" else pa.ipc.new_stream
+        with make(str(path), table.schema) as writer:
+            for start, stop in ((0, 0), (0, 5), (5, 6), (6, 30), (30, 37)):
+                writer.write_table(table.slice(start, stop - start))
+    config = make_config(input={"columns": ["n"]})
+    _, found = read_all(config, max_rows=max_rows)
+    assert found["n"].to_pylist() == list(range(37))
+    assert found.column_names == ["text", "n"]
+
+
+def test_folder_names_become_columns(make_config, tmp_path):
+    for place, names in enumerate(
+        ("country=de/day=1", "country=a%20b/day=2", "country=__HIVE_DEFAULT_PARTITION__/day=3")
+    ):
+        (folder(tmp_path) / names).mkdir(parents=True)
+        pq.write_table(pa.table({"text": [f"t{place}"]}), folder(tmp_path) / names / "x.parquet")
+    config = make_config(input={"filter": "day >= 2"})
+    plan = make_plan(config.input, max_rows=5)
+    assert plan.schema.field("day").type == pa.int64()
+    reader = ShardReader(config, plan_schema=plan.schema)
+    rows = [row for shard in plan.shards for row in reader.read(shard).table.to_pylist()]
+    assert sorted(rows, key=lambda row: row["day"]) == [
+        {"text": "t1", "country": "a b", "day": 2},
+        {"text": "t2", "country": None, "day": 3},
+    ]
+
+
+def test_a_run_that_reads_only_partition_columns_has_every_row(make_config, tmp_path):
+    (folder(tmp_path) / "day=1").mkdir()
+    pq.write_table(pa.table({"text": ["a", "b", "c"]}), folder(tmp_path) / "day=1" / "x.parquet")
+    config = make_config(input={"columns": ["day"]}, prompt={"template": "{{ day }}"})
+    _, table = read_all(config, max_rows=2)
+    assert table.to_pylist() == [{"day": 1}] * 3
+
+
+def save_dataset(path: Path, *, indices: bool = False) -> None:
+    path.mkdir(parents=True)
+    names = [f"data-{place:05d}-of-00002.arrow" for place in range(2)]
+    for place, name in enumerate(names):
+        table = pa.table({"text": [f"t{place}.{n}" for n in range(4)]})
+        with pa.ipc.new_stream(str(path / name), table.schema) as writer:
+            writer.write_table(table)
+    (path / "cache-123.arrow").write_bytes(b"junk")
+    state = {"_data_files": [{"filename": name} for name in names], "_indices_files": None}
+    if indices:
+        state["_indices_files"] = [{"filename": "indices.arrow"}]
+    (path / "state.json").write_text(json.dumps(state))
+    (path / "dataset_info.json").write_text("{}")
+
+
+@pytest.mark.parametrize("format", [None, "huggingface"])
+def test_a_saved_dataset_is_read_by_its_state_file(make_config, tmp_path, format):
+    save_dataset(tmp_path / "in")
+    _, table = read_all(make_config(input={"format": format}), max_rows=3)
+    assert table["text"].to_pylist() == [f"t{place}.{n}" for place in range(2) for n in range(4)]
+
+
+def test_a_dataset_of_several_splits_or_with_a_selection_is_refused_with_what_to_do(tmp_path):
+    save_dataset(tmp_path / "d" / "train", indices=True)
+    (tmp_path / "d" / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
+    with pytest.raises(InputError, match=r"holds the splits train, test; set input\.path to one of them"):
+        find_input_files(InputSection(path=str(tmp_path / "d")))
+    with pytest.raises(InputError, match="flatten_indices"):
+        find_input_files(InputSection(path=str(tmp_path / "d" / "train")))
