@@ -12,13 +12,14 @@ from dspark_batch.drafters.base import Drafter
 from dspark_batch.engine.admission import Admission, QueueOrder, check_prompt
 from dspark_batch.engine.config import EngineConfig
 from dspark_batch.engine.drafter_factory import make_drafter, make_verifier
+from dspark_batch.engine.policy_factory import make_policy
 from dspark_batch.engine.prefixes import PrefixPool
 from dspark_batch.engine.state import RowState
 from dspark_batch.engine.step import StepRunner
 from dspark_batch.engine.text import Codec, prompt_tokens
 from dspark_batch.errors import ConfigError, EngineError, Problem
 from dspark_batch.metrics import EngineStats
-from dspark_batch.scheduling.policies import FixedLength, LengthPolicy
+from dspark_batch.scheduling.policies import LengthPolicy
 from dspark_batch.tensors import Target
 
 AUTO_CONCURRENCY = {"cpu": 64, "cuda": 256}
@@ -82,7 +83,7 @@ class BatchEngine:
         self._runner = StepRunner(
             target,
             drafter=self._drafter,
-            policy=policy or _make_policy(config, self._drafter),
+            policy=policy or make_policy(config, self._drafter, target),
             verifier=make_verifier(config),
             max_step_tokens=config.max_step_tokens,
             poison_dead_kv=config.poison_dead_kv,
@@ -298,11 +299,3 @@ def _max_context(config: EngineConfig, target: Target) -> int:
             [Problem("engine.max_context", f"{config.max_context} is more than the model's {target.max_context}")]
         )
     return config.max_context or target.max_context
-
-
-def _make_policy(config: EngineConfig, drafter: Drafter) -> LengthPolicy:
-    if config.schedule == "threshold":
-        raise ConfigError([Problem("engine.schedule", "'threshold' is not part of this version; use 'fixed'")])
-    if config.schedule == "off":
-        return FixedLength(0)
-    return FixedLength(min(config.max_draft_tokens or drafter.max_draft_tokens, drafter.max_draft_tokens))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from time import perf_counter
 
 import torch
@@ -14,9 +14,9 @@ from dspark_batch.drafters.base import Drafter
 from dspark_batch.engine.prefixes import Prefix
 from dspark_batch.engine.state import RowState
 from dspark_batch.metrics import StepRecord
-from dspark_batch.sampling.sampler import PositionBatch, SampledRow
-from dspark_batch.scheduling.policies import LengthPolicy, RoundLoad
-from dspark_batch.tensors import DraftBlock, ForwardBatch, RowSlice, Target
+from dspark_batch.sampling.sampler import GreedyDraws, PositionBatch, SampledRow
+from dspark_batch.scheduling.policies import LengthPolicy, RoundLoad, RoundOutcome
+from dspark_batch.tensors import DraftBlock, ForwardBatch, OffersFastDraws, RowSlice, Target
 from dspark_batch.verification.base import Verifier, VerifyRow
 
 _LOGIT_ELEMENTS = 2**24
@@ -44,6 +44,7 @@ class _Tally:
     num_emitted_tokens: int = 0
     num_finished: int = 0
     logits_s: float = 0.0
+    accepted: list[int] = field(default_factory=list)
 
 
 class StepRunner:
@@ -60,6 +61,7 @@ class StepRunner:
         poison_dead_kv: bool = False,
     ) -> None:
         self._target = target
+        self._fast = target.fast_draws if isinstance(target, OffersFastDraws) else None
         self._drafter = drafter
         self._policy = policy
         self._verifier = verifier
@@ -77,7 +79,9 @@ class StepRunner:
         decoding = [row for row in rows if row.num_output]
         filling = [row for row in rows if not row.num_output and not row.is_waiting]
         num_pending = sum(p.num_pending for p in prefixes) + sum(row.num_pending for row in filling)
-        block, draft_s = self._draft(decoding, num_pending=num_pending, num_queued=num_queued)
+        num_drafted_before = sum(row.num_drafted for row in decoding)
+        load = self._load(decoding, num_pending=num_pending, num_queued=num_queued)
+        block, num_planned, draft_s = self._draft(decoding, load)
         parts, token_ids = self._lay_out(decoding, block, [*prefixes, *filling])
         if not parts:
             return StepRecord(num_queued=num_queued, host_s=perf_counter() - started)
@@ -89,13 +93,24 @@ class StepRunner:
         self._advance(parts, output.features)
         commit_until = perf_counter()
         num_verify = sum(len(p.draft) + 1 for p in parts[: len(decoding)])
+        if decoding:
+            outcome = RoundOutcome(
+                num_verified=[len(p.draft) for p in parts[: len(decoding)]],
+                num_accepted=tally.accepted[: len(decoding)],
+                num_step_tokens=len(token_ids),
+                num_prefill_tokens=len(token_ids) - num_verify,
+                draft_s=draft_s,
+                step_s=commit_until - started - draft_s,
+            )
+            self._policy.observe(load, outcome)
         forward_s = sample_from - forward_from + tally.logits_s
         sample_s = commit_until - sample_from - tally.logits_s
         return StepRecord(
             num_rows=len(decoding),
             num_prefill_tokens=len(token_ids) - num_verify,
             num_verify_tokens=num_verify,
-            num_drafted_tokens=sum(map(len, block.token_ids)),
+            num_planned_draft_tokens=num_planned,
+            num_drafted_tokens=sum(row.num_drafted for row in decoding) - num_drafted_before,
             num_verified_draft_tokens=num_verify - len(decoding),
             num_accepted_tokens=tally.num_accepted_tokens,
             num_emitted_tokens=tally.num_emitted_tokens,
@@ -104,28 +119,30 @@ class StepRunner:
             draft_s=draft_s,
             forward_s=forward_s,
             sample_s=sample_s,
-            host_s=commit_until - started - draft_s - forward_s - sample_s,
+            host_s=perf_counter() - started - draft_s - forward_s - sample_s,
         )
 
-    def _draft(self, rows: Sequence[RowState], *, num_pending: int, num_queued: int) -> tuple[DraftBlock, float]:
-        """The drafts to verify, already cut to the plan, and the seconds that drafting took."""
-        nothing = DraftBlock(token_ids=[()] * len(rows))
-        if not rows or not self._drafter.max_draft_tokens:
-            return nothing, 0.0
+    def _load(self, rows: Sequence[RowState], *, num_pending: int, num_queued: int) -> RoundLoad:
         spare = self._max_step_tokens - len(rows)
         assert spare >= 0, "more rows than max_step_tokens"
-        share = (spare // 2 if num_pending else spare) // len(rows)
+        share = (spare // 2 if num_pending else spare) // max(1, len(rows))
         # The anchor's own prediction is always emitted, so a draft is one shorter than what is left.
         limits = [min(share, row.max_new_tokens - row.num_output - 1) for row in rows]
-        load = RoundLoad(
+        return RoundLoad(
             handles=[row.draft_row.handle for row in rows],
             limits=limits,
             num_prefill_tokens=num_pending,
             num_queued=num_queued,
         )
+
+    def _draft(self, rows: Sequence[RowState], load: RoundLoad) -> tuple[DraftBlock, int, float]:
+        """The drafts to verify, already cut to the plan; how many tokens the drafter was asked for; and its seconds."""
+        nothing = DraftBlock(token_ids=[()] * len(rows))
+        if not rows or not self._drafter.max_draft_tokens:
+            return nothing, 0, 0.0
         lengths = self._policy.draft_lengths(load)
         if not any(lengths):
-            return nothing, 0.0
+            return nothing, 0, 0.0
         started = perf_counter()
         block = self._drafter.propose([row.draft_row for row in rows], lengths)
         draft_s = perf_counter() - started
@@ -135,7 +152,7 @@ class StepRunner:
             assert 0 <= length <= len(tokens), f"a verify length of {length} for {len(tokens)} drafted tokens"
             row.num_drafted += len(tokens)
         cut = [tokens[:length] for tokens, length in zip(block.token_ids, plan.verify_len, strict=True)]
-        return DraftBlock(token_ids=cut, probs=block.probs), draft_s
+        return DraftBlock(token_ids=cut, probs=block.probs), sum(lengths), draft_s
 
     def _lay_out(
         self, decoding: Sequence[RowState], block: DraftBlock, filling: Sequence[RowState | Prefix]
@@ -176,6 +193,12 @@ class StepRunner:
     def _decide(self, parts: Sequence[_Part], hidden: Tensor) -> _Tally:
         """Logits, verification and commit, for as many whole rows at a time as the logit memory allows."""
         tally = _Tally()
+        if parts and self._fast is not None and all(map(_is_plain_greedy, parts)):
+            started = perf_counter()
+            draws = GreedyDraws(*self._fast.greedy(hidden))
+            tally.logits_s += perf_counter() - started
+            self._settle(parts, draws, tally)
+            return tally
         first, flat = 0, 0
         while first < len(parts):
             last, num_positions = first, 0
@@ -206,9 +229,19 @@ class StepRunner:
                 )
                 for row, part in zip(rows, parts, strict=True)
             ],
+            fast=self._fast,
         )
+        wanted = self._settle(parts, draws, tally)
+        _record_logprobs(draws, wanted)
+
+    def _settle(
+        self, parts: Sequence[_Part], draws: PositionBatch | GreedyDraws, tally: _Tally
+    ) -> list[tuple[RowState, int, list[int]]]:
+        """Verify and commit; (row, first flat position, emitted tokens) of rows that want log-probabilities."""
+        rows = [part.owner for part in parts if isinstance(part.owner, RowState)]
         finite = draws.finite()
         verdict = self._verifier.verify([_verify_row(row, part) for row, part in zip(rows, parts, strict=True)], draws)
+        tally.accepted.extend(verdict.num_accepted)
         flat = 0
         wanted: list[tuple[RowState, int, list[int]]] = []
         for row, part, accepted, after in zip(rows, parts, verdict.num_accepted, verdict.next_token, strict=True):
@@ -223,7 +256,7 @@ class StepRunner:
                 )
                 tally.num_finished += 1
             flat += len(part.draft) + 1
-        _record_logprobs(draws, wanted)
+        return wanted
 
     def _advance(self, parts: Sequence[_Part], features: Tensor | None) -> None:
         """Move every owner's ``kv_len`` to what is now valid, and tell the drafter."""
@@ -255,6 +288,14 @@ class StepRunner:
             self._drafter.observe(row.draft_row, shared, 0)
         valid = features[part.offset : part.offset + row.kv_len - start]
         self._drafter.observe(row.draft_row, valid, start)
+
+
+def _is_plain_greedy(part: _Part) -> bool:
+    """Whether the arg-max of the target's own logits is all that the part needs."""
+    if not isinstance(part.owner, RowState):
+        return False
+    sampling = part.owner.sampling
+    return sampling.is_greedy and sampling.repetition_penalty == 1.0 and sampling.logprobs is None
 
 
 def _verify_row(row: RowState, part: _Part) -> VerifyRow:

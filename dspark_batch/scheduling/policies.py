@@ -1,4 +1,4 @@
-"""Draft and verify lengths without a cost model: off and fixed."""
+"""Draft and verify lengths: the interface, and the rules without a cost model (off, fixed, confidence threshold)."""
 
 from __future__ import annotations
 
@@ -23,6 +23,22 @@ class RoundLoad:
     num_queued: int
 
 
+@dataclass(frozen=True, slots=True)
+class RoundOutcome:
+    """What a round did. num_verified[r], num_accepted[r]: drafted tokens of row r in the forward, and those that held.
+
+    num_step_tokens: flat tokens of the forward, prompt tokens (``num_prefill_tokens`` of them) included. draft_s: time
+    in the drafter. step_s: the rest of the step.
+    """
+
+    num_verified: Sequence[int]
+    num_accepted: Sequence[int]
+    num_step_tokens: int
+    num_prefill_tokens: int
+    draft_s: float
+    step_s: float
+
+
 class LengthPolicy(Protocol):
     """Chooses how many tokens to draft for each row, then how many of them to verify."""
 
@@ -30,7 +46,13 @@ class LengthPolicy(Protocol):
         """Per row at most ``load.limits[r]``; 0 drafts nothing."""
         ...
 
-    def verify_plan(self, load: RoundLoad, draft: DraftBlock) -> VerifyPlan: ...
+    def verify_plan(self, load: RoundLoad, draft: DraftBlock) -> VerifyPlan:
+        """Called only after ``draft_lengths`` asked for something. Lengths are at most those of the draft."""
+        ...
+
+    def observe(self, load: RoundLoad, outcome: RoundOutcome) -> None:
+        """Called after every round with decoding rows, drafted or not."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,3 +66,44 @@ class FixedLength:
 
     def verify_plan(self, load: RoundLoad, draft: DraftBlock) -> VerifyPlan:
         return VerifyPlan(verify_len=[len(tokens) for tokens in draft.token_ids])
+
+    def observe(self, load: RoundLoad, outcome: RoundOutcome) -> None:
+        """Nothing to learn."""
+
+
+@dataclass(frozen=True, slots=True)
+class ThresholdLength:
+    """Drafts ``num_tokens``, and verifies while the draft's survival (product of confidences) is at least ``survival``.
+
+    A baseline without a cost model. Where the drafter says nothing about its confidence, everything is verified; so it
+    is where the draft was sampled from probabilities and ``may_use_draft`` is false, because then the length of a
+    draft must not depend on its tokens.
+    """
+
+    num_tokens: int
+    survival: float = 0.5
+    may_use_draft: bool = True
+
+    def draft_lengths(self, load: RoundLoad) -> Sequence[int]:
+        return [min(limit, self.num_tokens) for limit in load.limits]
+
+    def verify_plan(self, load: RoundLoad, draft: DraftBlock) -> VerifyPlan:
+        if draft.confidence is None or not (self.may_use_draft or is_one_hot(draft)):
+            return VerifyPlan(verify_len=[len(tokens) for tokens in draft.token_ids])
+        return VerifyPlan(verify_len=[self._prefix(confidence) for confidence in draft.confidence])
+
+    def observe(self, load: RoundLoad, outcome: RoundOutcome) -> None:
+        """Nothing to learn."""
+
+    def _prefix(self, confidence: Sequence[float]) -> int:
+        survival = 1.0
+        for length, chance in enumerate(confidence):
+            survival *= chance
+            if survival < self.survival:
+                return length
+        return len(confidence)
+
+
+def is_one_hot(draft: DraftBlock) -> bool:
+    """Whether every token of the draft is a function of the past, so that its length may depend on it."""
+    return draft.probs is None or all(probs is None for probs in draft.probs)

@@ -95,6 +95,7 @@ def engine_config(concurrency: int) -> EngineConfig:
         max_concurrency=concurrency,
         kv_cache_gib=0.01,
         poison_dead_kv=True,
+        schedule="fixed",
     )
 
 

@@ -54,7 +54,8 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> LoadedTarget:
 
 
 def engine_config(**fields: Any) -> EngineConfig:
-    return EngineConfig(dtype="float32", device="cpu", kv_cache_gib=0.01, poison_dead_kv=True, threads=1, **fields)
+    settings = {"schedule": "fixed", **fields}
+    return EngineConfig(dtype="float32", device="cpu", kv_cache_gib=0.01, poison_dead_kv=True, threads=1, **settings)
 
 
 def drafter_weights(markov: str | None = "vanilla", **overrides: Any) -> DrafterWeights:

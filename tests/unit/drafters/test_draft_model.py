@@ -43,7 +43,9 @@ def requests(count: int = 9) -> list[Request]:
 
 def run(drafter: DraftModelDrafter | NoDrafter, mode: VerificationMode = "coupled") -> dict[str, Result]:
     model = ScriptedModel(target=toy(), codec=LetterCodec(), eos_token_ids=frozenset({5}))
-    config = EngineConfig(verification=mode, max_concurrency=5, max_step_tokens=64, poison_dead_kv=True, threads=1)
+    config = EngineConfig(
+        verification=mode, schedule="fixed", max_concurrency=5, max_step_tokens=64, poison_dead_kv=True, threads=1
+    )
     with BatchEngine(model, config, drafter=drafter) as engine:
         for request in requests():
             engine.add(request)
@@ -97,7 +99,9 @@ def test_rejection_modes_sample_the_targets_law_through_the_engine(mode: Verific
     vocab, length, count = 3, 4, 2000
     target = ScriptedTarget(vocab_size=vocab, max_context=16, num_kv_tokens=2**15, contrast=1.5)
     draft = ScriptedTarget(vocab_size=vocab, max_context=16, num_kv_tokens=2**15, contrast=0.8)
-    config = EngineConfig(verification=mode, max_concurrency=1000, max_step_tokens=8192, share_prefixes=False)
+    config = EngineConfig(
+        verification=mode, schedule="fixed", max_concurrency=1000, max_step_tokens=8192, share_prefixes=False
+    )
     model = ScriptedModel(target=target, codec=None, eos_token_ids=NO_STOP)
     drafter = DraftModelDrafter(draft, coupled=False, max_draft_tokens=3, max_step_tokens=8192)
     sampling = SamplingParams(max_new_tokens=length, temperature=1.0)
@@ -221,6 +225,7 @@ def test_another_vocabulary_or_tokenizer_is_refused_by_name(tmp_path: Path) -> N
                 target=str(target),
                 drafter="draft_model",
                 drafter_path=str(drafter_path),
+                schedule="fixed",
                 dtype="float32",
                 device="cpu",
                 kv_cache_gib=0.01,

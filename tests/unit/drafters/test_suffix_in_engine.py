@@ -34,7 +34,7 @@ def requests(*, temperature: float | None = None) -> list[Request]:
 
 
 def run(drafter: Drafter, jobs: list[Request], *, mode: VerificationMode = "coupled") -> dict[str, Result]:
-    config = EngineConfig(verification=mode, max_concurrency=4, poison_dead_kv=True)
+    config = EngineConfig(verification=mode, schedule="fixed", max_concurrency=4, poison_dead_kv=True)
     with BatchEngine(scripted(), config, drafter=drafter) as engine:
         for request in jobs:
             engine.add(request)

@@ -10,7 +10,7 @@ from dspark_batch.core import Request, Result, SamplingParams
 from dspark_batch.drafters.base import Drafter
 from dspark_batch.drafters.ngram import NgramDrafter
 from dspark_batch.drafters.none import NoDrafter
-from dspark_batch.engine.config import EngineConfig
+from dspark_batch.engine.config import EngineConfig, ScheduleName
 from dspark_batch.engine.engine import BatchEngine
 from dspark_batch.sampling.noise import noise_key
 from dspark_batch.testing.plain_decoding import decode_plainly
@@ -95,6 +95,7 @@ def run_checked(engine: BatchEngine, requests: list[Request]) -> list[Result]:
     num_kv_tokens=st.sampled_from([64, 131, 4096]),
     taps=st.sampled_from([(), (1,), (-1, 3)]),
     share=st.booleans(),
+    schedule=st.sampled_from(["auto", "fixed", "threshold", "off"]),
     order=st.randoms(use_true_random=False),
 )
 @settings(max_examples=120, deadline=None)
@@ -107,6 +108,7 @@ def test_token_ids_equal_plain_decoding_whatever_the_settings(
     num_kv_tokens: int,
     taps: tuple[int, ...],
     share: bool,
+    schedule: ScheduleName,
     order: random.Random,
 ) -> None:
     model = scripted(num_kv_tokens)
@@ -116,6 +118,7 @@ def test_token_ids_equal_plain_decoding_whatever_the_settings(
         max_draft_tokens=gamma,
         poison_dead_kv=True,
         share_prefixes=share,
+        schedule=schedule,
     )
     shuffled = order.sample(requests, len(requests))
     with BatchEngine(model, config, drafter=drafter_named(drafter_name, requests, gamma, taps)) as engine:
@@ -134,7 +137,7 @@ def test_a_drafter_that_is_always_right_is_accepted_in_full(temperature: float) 
     requests = [Request(id=f"row-{i}", prompt_token_ids=(i, 2, 3), sampling=sampling) for i in range(5)]
     model = scripted()
     drafter = drafter_named("oracle", requests, 5, ())
-    with BatchEngine(model, EngineConfig(max_draft_tokens=5), drafter=drafter) as engine:
+    with BatchEngine(model, EngineConfig(max_draft_tokens=5, schedule="fixed"), drafter=drafter) as engine:
         results = list(engine.generate(requests))
     for result in results:
         # One token comes from the prefill, the other 30 in rounds of 6.

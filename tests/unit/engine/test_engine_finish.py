@@ -20,7 +20,7 @@ def run(served: ScriptedModel, sampling: SamplingParams, *, gamma: int = 7, text
     """One request, drafted by an oracle that knows ``text`` as the continuation."""
     request = Request(id="r", prompt_token_ids=PROMPT, sampling=sampling)
     drafter = OracleDrafter({noise_key(0, "r", 0): [*PROMPT, *text]}, max_draft_tokens=gamma)
-    config = EngineConfig(poison_dead_kv=True, max_draft_tokens=gamma)
+    config = EngineConfig(poison_dead_kv=True, max_draft_tokens=gamma, schedule="fixed")
     with BatchEngine(served, config, drafter=drafter) as engine:
         (result,) = engine.generate([request])
         engine.check_integrity()

@@ -202,7 +202,6 @@ def test_a_closed_engine_says_so() -> None:
     ("settings", "field"),
     [
         ({"max_context": 10_000}, "engine.max_context"),
-        ({"schedule": "threshold"}, "engine.schedule"),
         ({"drafter": "draft_model"}, "engine.drafter_path"),
         ({"drafter": "dspark", "drafter_path": "somewhere"}, "engine.drafter"),
     ],

@@ -1,0 +1,119 @@
+"""How likely drafted tokens are accepted: by draft position and row, and by the drafter's own confidence.
+
+Labels are censored: of a draft of ℓ verified tokens of which n were accepted, positions 0 .. n-1 held, position n (if
+there is one) did not, and nothing is known about later ones. So only the conditional chance of a position, given the
+earlier ones held, is counted.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+
+_FORGET = 0.99
+_ROW_FORGET = 0.9
+_ROW_PRIOR = 8.0
+_PRIOR = 2.0
+_FIRST_CHANCE = 0.7
+_MAX_ROW_POWER = 4.0
+_BIN_PRIOR = 4.0
+_BIN_EDGES = np.array([0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.94, 0.97])
+
+
+class AcceptanceHistory:
+    """Conditional chances by draft position for the job, bent by how each row does; and how often a draft came at all.
+
+    A position that has been seen little takes the chance of the one before it, so a longer draft is tried as soon as
+    the known positions promise it.
+    """
+
+    def __init__(self, num_positions: int) -> None:
+        self._held = np.zeros(num_positions)
+        self._tried = np.zeros(num_positions)
+        self._offered = np.zeros(num_positions)
+        self._asked = np.zeros(num_positions)
+        self._rows: dict[int, tuple[float, float]] = {}
+
+    def observe_offers(self, asked: Ints, offered: Ints) -> None:
+        """[R] tokens asked of the drafter, and tokens that it drafted."""
+        positions = np.arange(len(self._asked))[:, None]
+        self._asked = _FORGET * self._asked + (positions < asked).sum(1)
+        self._offered = _FORGET * self._offered + (positions < offered).sum(1)
+
+    def observe(self, handles: Sequence[int], num_verified: Ints, num_accepted: Ints) -> None:
+        """[R] verified and accepted tokens of each row."""
+        if not num_verified.any():
+            return
+        positions = np.arange(len(self._held))[:, None]
+        tried = np.minimum(num_accepted + 1, num_verified)
+        self._held = _FORGET * self._held + (positions < num_accepted).sum(1)
+        self._tried = _FORGET * self._tried + (positions < tried).sum(1)
+        for handle, row_held, row_tried in zip(handles, num_accepted.tolist(), tried.tolist(), strict=True):
+            if row_tried:
+                held, all_tried = self._rows.get(handle, (0.0, 0.0))
+                self._rows[handle] = (_ROW_FORGET * held + row_held, _ROW_FORGET * all_tried + row_tried)
+
+    def keep_only(self, handles: Collection[int]) -> int:
+        """Forget rows that have left; gives how many."""
+        gone = self._rows.keys() - set(handles)
+        for handle in gone:
+            del self._rows[handle]
+        return len(gone)
+
+    def chances(self) -> Floats:
+        """[K] conditional chance of each position for the job."""
+        out = np.empty(len(self._held))
+        before = _FIRST_CHANCE
+        for k, (held, tried) in enumerate(zip(self._held.tolist(), self._tried.tolist(), strict=True)):
+            before = out[k] = (held + _PRIOR * before) / (tried + _PRIOR)
+        return out
+
+    def offer_rates(self) -> Floats:
+        """[K] how often the drafter had a token for a position for which it was asked."""
+        rates: Floats = (self._offered + _PRIOR) / (self._asked + _PRIOR)
+        return np.minimum.accumulate(rates)
+
+    def survival(self, handles: Sequence[int], num_positions: int) -> Floats:
+        """[R, K] chance that a row's draft holds up to and with each position."""
+        log_job = np.cumsum(np.log(np.clip(self.chances()[:num_positions], 1e-6, 1 - 1e-6)))
+        powers = np.array([self._power(handle) for handle in handles])
+        out: Floats = np.exp(powers[:, None] * log_job[None])
+        return out
+
+    def _power(self, handle: int) -> float:
+        row = self._rows.get(handle)
+        if row is None:
+            return 1.0
+        tried = float(self._tried.sum())
+        job = (float(self._held.sum()) + _PRIOR * _FIRST_CHANCE) / (tried + _PRIOR)
+        job = min(max(job, 1e-3), 1 - 1e-3)
+        own = (row[0] + _ROW_PRIOR * job) / (row[1] + _ROW_PRIOR)
+        power = math.log(min(max(own, 1e-3), 1 - 1e-3)) / math.log(job)
+        return min(max(power, 1 / _MAX_ROW_POWER), _MAX_ROW_POWER)
+
+
+class ConfidenceScale:
+    """Maps a drafter's confidences to observed chances: counts in bins, with the drafter's word as the prior."""
+
+    def __init__(self) -> None:
+        self._held = np.zeros(len(_BIN_EDGES) + 1)
+        self._tried = np.zeros(len(_BIN_EDGES) + 1)
+
+    def chances(self, confidence: Floats) -> Floats:
+        """[N] confidences -> [N] conditional chances."""
+        bins = np.searchsorted(_BIN_EDGES, confidence)
+        out: Floats = (self._held[bins] + _BIN_PRIOR * confidence) / (self._tried[bins] + _BIN_PRIOR)
+        return out
+
+    def observe(self, confidence: Floats, held: NDArray[np.bool_]) -> None:
+        """[N] confidences of tokens that were reached, and whether they held."""
+        bins = np.searchsorted(_BIN_EDGES, confidence)
+        size = len(self._tried)
+        self._held = _FORGET * self._held + np.bincount(bins, held, minlength=size)
+        self._tried = _FORGET * self._tried + np.bincount(bins, minlength=size)
