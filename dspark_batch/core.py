@@ -133,8 +133,8 @@ class Request:
     sampling: SamplingParams = field(default_factory=SamplingParams)
 
     def __post_init__(self) -> None:
-        given = [n for n in ("prompt", "messages", "prompt_token_ids") if getattr(self, n) is not None]
-        if len(given) != 1:
+        if (self.prompt is None) + (self.messages is None) + (self.prompt_token_ids is None) != 2:
+            given = [n for n in ("prompt", "messages", "prompt_token_ids") if getattr(self, n) is not None]
             raise ValueError(
                 f"request {self.id!r}: set exactly one of prompt, messages, prompt_token_ids; got {given or 'none'}"
             )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-from dspark_batch.core import Request, Result
+from dspark_batch.core import Request, Result, SamplingParams
 
 PromptKey = tuple[object, ...]
 
@@ -28,14 +28,23 @@ class Deduper:
     def __init__(self) -> None:
         self._computations: dict[PromptKey, _Computation] = {}
         self._keys_by_owner: dict[str, list[PromptKey]] = {}
+        self._numbers: dict[SamplingParams, int] = {}
+        self._last: tuple[SamplingParams | None, int] = (None, 0)
         self.num_copied_rows = 0
 
-    @staticmethod
-    def key(request: Request) -> PromptKey | None:
+    def key(self, request: Request) -> PromptKey | None:
         """What two requests must share to share a result; None where results must not be shared."""
-        if not request.sampling.is_greedy:
+        if request.sampling.temperature != 0.0:
             return None
-        return (request.prompt, request.messages, request.prompt_token_ids, request.sampling)
+        messages = request.messages
+        turns = None if messages is None else tuple([text for turn in messages for text in (turn.role, turn.content)])
+        return (request.prompt, turns, request.prompt_token_ids, self._number(request.sampling))
+
+    def _number(self, sampling: SamplingParams) -> int:
+        """A number for the settings, since hashing all of them for every row would cost more than the row."""
+        if sampling is not self._last[0]:
+            self._last = (sampling, self._numbers.setdefault(sampling, len(self._numbers)))
+        return self._last[1]
 
     def claim(self, request: Request, *, shard: str, row: int) -> tuple[Result, ...] | bool:
         """Ask for a request's results.

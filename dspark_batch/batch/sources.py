@@ -136,10 +136,11 @@ def open_input(entry: str, filesystem: fs.FileSystem | None = None) -> tuple[fs.
         return filesystem, entry.rstrip("/")
     if "://" not in entry:
         return fs.LocalFileSystem(), str(Path(entry).expanduser().absolute())
-    head, wildcard, tail = re.match(r"([^*?\[]*)([*?\[]?)(.*)", entry, re.DOTALL).groups()  # type: ignore[union-attr]
+    path, options = _split_options(entry)
+    head, wildcard, tail = re.match(r"([^*?\[]*)([*?\[]?)(.*)", path, re.DOTALL).groups()  # type: ignore[union-attr]
     fixed, _, partial = head.rpartition("/") if wildcard else (head, "", "")
     try:
-        found, inner = fs.FileSystem.from_uri(fixed)
+        found, inner = fs.FileSystem.from_uri(f"{fixed}{options}")
     except (OSError, ValueError) as error:
         raise InputError(f"input.path {entry!r}: no filesystem for it: {error}") from error
     inner = inner.rstrip("/")
@@ -148,7 +149,7 @@ def open_input(entry: str, filesystem: fs.FileSystem | None = None) -> tuple[fs.
 
 def is_dataset_folder(section: InputSection) -> bool:
     """Whether the one path is a folder that the ``datasets`` library saved."""
-    if not isinstance(section.path, str) or re.search(r"[*?\[]", section.path):
+    if not isinstance(section.path, str) or re.search(r"[*?\[]", _split_options(section.path)[0]):
         return False
     used, folder = open_input(section.path)
     names = [f"{folder}/state.json", f"{folder}/dataset_dict.json"]
@@ -188,6 +189,12 @@ def dataset_files(section: InputSection, *, filesystem: fs.FileSystem | None = N
 def _read(filesystem: fs.FileSystem, path: str) -> bytes:
     with filesystem.open_input_stream(path) as stream:
         return bytes(stream.read())
+
+
+def _split_options(uri: str) -> tuple[str, str]:
+    """Path and query of a URI. A query is ``?name=value...``; any other question mark is a wildcard."""
+    match = re.search(r"\?\w+=[^/*]*(&\w+=[^/*]*)*$", uri)
+    return (uri, "") if match is None else (uri[: match.start()], match.group())
 
 
 def _expand(

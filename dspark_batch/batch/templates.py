@@ -52,14 +52,17 @@ class CompiledTemplate:
         self.columns = tuple(sorted(meta.find_undeclared_variables(tree) - set(environment.globals)))
         self._template = environment.from_string(text)
         self._pieces = _simple_pieces(tree, columns=self.columns) if use_fast_path else None
+        self._constant = "".join([part for _, part in self._pieces or ()])
 
     def render(self, row: Mapping[str, object]) -> str:
         """The text for a row. Raises what the template raises, SecurityError and TooLongError."""
         pieces = self._pieces
         if pieces is None:
             return self._render_slowly(row)
+        if not self.columns:
+            return self._constant
         text = "".join([part if name is None else str(row[name]) for name, part in pieces])
-        return _bounded(text)
+        return text if len(text) <= MAX_PROMPT_CHARS else _bounded(text)
 
     def _render_slowly(self, row: Mapping[str, object]) -> str:
         context = self._template.new_context({name: row[name] for name in self.columns})

@@ -170,17 +170,25 @@ class BatchWorker:
 
     def _receive(self, ticket: int, result: Result) -> None:
         key, row, request, samples = self._in_engine[ticket]
-        samples.append(result)
-        if len(samples) < self._num_samples:
-            return
+        if self._num_samples == 1:
+            results: tuple[Result, ...] = (result,)
+        else:
+            samples.append(result)
+            if len(samples) < self._num_samples:
+                return
+            results = tuple(sorted(samples, key=lambda sample: sample.sample))
+            assert [sample.sample for sample in results] == list(range(self._num_samples))
         del self._in_engine[ticket]
-        results = tuple(sorted(samples, key=lambda sample: sample.sample))
-        assert [sample.sample for sample in results] == list(range(self._num_samples))
-        places = [(key, row, results), *self._deduper.finish(request, results)]
-        for place_key, place_row, place_results in places:
-            self._open[place_key].put(place_row, place_results)
-        for place_key in dict.fromkeys(place[0] for place in places):
-            self._close_if_done(self._open[place_key])
+        waiting = self._deduper.finish(request, results)
+        self._put(key, row, results)
+        for place_key, place_row, place_results in waiting:
+            self._put(place_key, place_row, place_results)
+
+    def _put(self, key: str, row: int, results: tuple[Result, ...]) -> None:
+        shard = self._open[key]
+        shard.put(row, results)
+        if shard.num_missing == 0:
+            self._close_if_done(shard)
 
     def _close_if_done(self, shard: _OpenShard) -> None:
         if shard.num_missing or shard.input.key not in self._open or shard in self._feeding:

@@ -89,6 +89,7 @@ def test_a_read_error_in_mid_file_names_the_file_and_keeps_what_was_committed(co
 
 def start_run_breaking(config: JobConfig, path: Path) -> str:
     """Break the file's pages once the plan is made, with the size and time that the plan noted."""
+
     class Breaking(Store):
         def _move(self, source: str, target: str) -> None:
             super()._move(source, target)

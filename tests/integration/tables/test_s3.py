@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import threading
 import warnings
 from collections.abc import Iterator
@@ -24,17 +23,15 @@ from dspark_batch.testing.scripted_engine import ScriptedEngine
 @pytest.fixture(scope="module")
 def endpoint() -> Iterator[str]:
     pytest.importorskip("moto")
-    with warnings.catch_warnings(), socket.socket() as probe:
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
         from moto.server import DomainDispatcherApplication, create_backend_app
         from werkzeug.serving import make_server
 
-        server = make_server("127.0.0.1", port, DomainDispatcherApplication(create_backend_app), threaded=True)
+        server = make_server("127.0.0.1", 0, DomainDispatcherApplication(create_backend_app), threaded=True)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
-    yield f"127.0.0.1:{port}"
+    yield f"127.0.0.1:{server.server_port}"
     server.shutdown()
     server.server_close()
     thread.join()
