@@ -42,5 +42,5 @@ $(VENV)/.installed-run: pyproject.toml | $(VENV)/bin/python
 	@touch $@
 
 $(VENV)/.installed-dev: pyproject.toml $(VENV)/.installed-run
-	$(BIN)/python -m pip install --quiet --editable '.[ray,spark,spark-connect,report,dev]'
+	$(BIN)/python -m pip install --quiet --editable '.[ray,spark,spark-connect,delta,iceberg,report,dev]'
 	@touch $@
