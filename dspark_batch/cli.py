@@ -35,6 +35,9 @@ def run(
     retry_failed: Annotated[
         bool, typer.Option("--retry-failed", help="Generate rows again that failed but may succeed.")
     ] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Compare checksums of what is committed; make again what differs.")
+    ] = False,
 ) -> None:
     """Run the job of CONFIG; the same command again resumes it."""
     chosen = [
@@ -45,7 +48,9 @@ def run(
     if len(chosen) > 1:
         raise ConfigError([Problem(" ".join(chosen), "exclude each other; give one of them", "command line")])
     try:
-        outcome = _run(config, overrides or [], dry_run=dry_run, preview=preview, retry_failed=retry_failed)
+        outcome = _run(
+            config, overrides or [], dry_run=dry_run, preview=preview, retry_failed=retry_failed, verify=verify
+        )
     except KeyboardInterrupt:
         _complain("ended at once; committed shards stay, and the same command goes on from there")
         raise typer.Exit(ExitCode.FATAL) from None
@@ -82,6 +87,44 @@ def table(
     print(run_spark_table(run))
 
 
+@bench_app.command("throughput")
+def bench_throughput(
+    config: Annotated[Path, typer.Argument(help="YAML with model, speculation, engine, sampling; the rest is ignored.")],
+    prompts: Annotated[Path, typer.Option(help="JSON lines with `turns` or `prompt`, or a Parquet file.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, such as speculation.drafter=ngram.")
+    ] = None,
+    column: Annotated[str, typer.Option(help="Column of a Parquet file.")] = "prompt",
+    concurrency: Annotated[str, typer.Option(help="Rows decoded together, comma-separated.")] = "1,8,32,128",
+    repeats: Annotated[int, typer.Option(min=1, help="Interleaved repeats; medians are shown.")] = 5,
+    rows: Annotated[int | None, typer.Option(min=1, help="Rows per run; default: twice the concurrency.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Everything as one JSON object, last line.")] = False,
+) -> None:
+    """Tokens per second of CONFIG over a prompt file, plain and as configured, in turns."""
+    from dspark_batch.bench.command import throughput
+
+    throughput(
+        config,
+        prompts=prompts,
+        overrides=overrides or [],
+        column=column,
+        concurrency=concurrency,
+        repeats=repeats,
+        num_rows=rows,
+        as_json=as_json,
+    )
+
+
+@bench_app.command(
+    "lossless", context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False
+)
+def bench_lossless(context: typer.Context) -> None:
+    """Token ids of many settings, compared with each other and with transformers; exit code 1 where they differ."""
+    from dspark_batch.bench.lossless import main as check
+
+    raise typer.Exit(check(context.args))
+
+
 @app.command()
 def version() -> None:
     """Print the version."""
@@ -108,7 +151,9 @@ def run_cli(arguments: list[str] | None = None) -> int:
     return ExitCode.OK
 
 
-def _run(config: Path, overrides: list[str], *, dry_run: bool, preview: int | None, retry_failed: bool) -> Outcome:
+def _run(
+    config: Path, overrides: list[str], *, dry_run: bool, preview: int | None, retry_failed: bool, verify: bool
+) -> Outcome:
     from dspark_batch.job.preview import preview_job
     from dspark_batch.job.runner import dry_run_job, run_job
 
@@ -116,7 +161,7 @@ def _run(config: Path, overrides: list[str], *, dry_run: bool, preview: int | No
         return dry_run_job(config, overrides=overrides)
     if preview is not None:
         return preview_job(config, overrides=overrides, num_rows=preview)
-    return run_job(config, overrides=overrides, retry_failed=retry_failed)
+    return run_job(config, overrides=overrides, retry_failed=retry_failed, verify=verify)
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ import hashlib
 import json
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from datetime import UTC, datetime
 
@@ -188,6 +188,11 @@ class RunStore:
             if self._stands(entry, file, verify_checksum=verify_checksums):
                 found[entry.shard] = entry
         return found
+
+    def discard(self, shards: Iterable[str]) -> None:
+        """Take back the commits of shards, so that they are made again; their files stay until they are replaced."""
+        for shard in shards:
+            self.store.delete(self.ticket.entry_name(shard))
 
     def sweep(self, *, min_age_s: float = STALE_AFTER_S) -> list[str]:
         """Remove shard files without a manifest entry, and staging files, that are at least ``min_age_s`` old.

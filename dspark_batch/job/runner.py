@@ -75,6 +75,8 @@ def _run_to_end(run: PreparedRun, *, retry_failed: bool, verify: bool, stream: T
     if before is not Ending.DONE:
         return ending_outcome(Finished(run=run, ending=before, done=Totals(), whole=left.totals, elapsed_s=0.0))
     _begin(run)
+    if verify:
+        run.store.discard([shard.name for shard in left.shards if shard.name not in left.committed])
     finished = _work(run, left, bounds=bounds, retry_failed=retry_failed, stream=stream)
     return _finish(finished)
 
