@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -101,6 +101,34 @@ class Target(Protocol):
     def logits(self, hidden: Tensor) -> Tensor:
         """[N, H] -> [N, V] float32. Callers chunk over N."""
         ...
+
+
+class FastDraws(Protocol):
+    """Draws by kernels of the target's device. Everything they give equals what ``sampling`` gives."""
+
+    def greedy(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """[N, H] -> tokens [N] int64, and [N] bool whether the logits were finite, without storing logits."""
+        ...
+
+    def argmax(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """[N, V] float32 -> first largest index [N] int64, -1 where a logit is NaN, and its lead over the next."""
+        ...
+
+    def draw(self, logits: Tensor, *, flat: Tensor, integers: Tensor, reals: Tensor) -> Tensor:
+        """Tokens of M positions, [M] int64; -1 where rounding could decide, and ``sampling`` must draw instead.
+
+        logits: [N, V] float32, contiguous. flat: [M] int64, which rows of them. integers: [M, 4] int64: top_k (0
+        without), noise key, position, arg-max. reals: [M, 3] float64: temperature, top_p (1 without), min_p.
+        """
+        ...
+
+
+@runtime_checkable
+class OffersFastDraws(Protocol):
+    """What a ``Target`` may have besides. ``fast_draws`` is None where the device has no such kernels."""
+
+    @property
+    def fast_draws(self) -> FastDraws | None: ...
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,6 +17,19 @@ from dspark_batch.models.weights import DecoderWeights
 from dspark_batch.tensors import ForwardBatch, ForwardOutput
 
 
+class NativeDraws:
+    """Fulfils ``tensors.FastDraws``."""
+
+    def __init__(self, head: PackedLinear) -> None:
+        self._head = head
+        self.argmax, self.draw = head.kernels.argmax, head.kernels.draw
+
+    def greedy(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """[N, H] -> tokens [N] int64, and whether the logits were finite; the arg-max of ``NativeDecoder.logits``."""
+        index, _, best = self._head.argmax(hidden.contiguous())
+        return index.clamp_(min=0), best.isfinite()
+
+
 class NativeDecoder:
     """Does what ``decoder.Decoder`` does. A token's hidden state depends on its row alone, bit for bit."""
 
@@ -27,6 +40,7 @@ class NativeDecoder:
         self._kv = kv
         self._embedding = weights.embedding
         self._head: PackedLinear = weights.head.native(kernels)
+        self.draws = NativeDraws(self._head)
         layers = [
             NativeLayer(
                 input_norm=layer.input_norm,

@@ -14,7 +14,7 @@ from dspark_batch.models.native import NativeDecoder, native_decoder
 from dspark_batch.models.ops import Ops, TorchOps
 from dspark_batch.models.rope import rope_table
 from dspark_batch.models.weights import DecoderWeights
-from dspark_batch.tensors import ForwardBatch, ForwardOutput
+from dspark_batch.tensors import FastDraws, ForwardBatch, ForwardOutput
 
 
 class TargetRunner:
@@ -76,6 +76,10 @@ class TargetRunner:
     @property
     def kv(self) -> KVCache:
         return self._kv
+
+    @property
+    def fast_draws(self) -> FastDraws | None:
+        return self.decoder.draws if isinstance(self.decoder, NativeDecoder) else None
 
     @torch.inference_mode()
     def forward(self, batch: ForwardBatch) -> ForwardOutput:

@@ -76,10 +76,11 @@ def argmax_with_noise(scores: Tensor, keys: Tensor, positions: Tensor, *, best: 
 
 def _argmax_pruned(scores: Tensor, keys: Tensor, positions: Tensor, best: Tensor, tokens: Tensor) -> Tensor:
     at_best = best.unsqueeze(-1)
-    to_beat = scores.gather(1, at_best).double() + gumbel(keys, positions, at_best)
+    lead = gumbel(keys, positions, at_best).to(scores.dtype)
     bits = noise_bits(keys, positions, tokens)
     gap = bits.neg_().add_(2**_FRACTION_BITS).float().mul_(2.0**-_FRACTION_BITS)
-    limit = (scores - to_beat.to(scores.dtype)).float().exp_().mul_(1.01)
+    # Relative to the best score: at low temperatures the scores themselves are too large for the slack.
+    limit = (scores - scores.gather(1, at_best) - lead).float().exp_().mul_(1.01)
     can_win = gap <= limit
     can_win.scatter_(1, at_best, True)
     row, token = can_win.nonzero(as_tuple=True)

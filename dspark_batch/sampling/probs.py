@@ -110,7 +110,7 @@ def _total_mass(logits: Tensor, limits: _Limits) -> Tensor:
         shifted = (logits - logits.amax(-1, keepdim=True)) / temperature
         return shifted.exp_().sum(-1, keepdim=True, dtype=torch.float64)
     for row, out, scale in zip(logits, total, temperature, strict=True):
-        out.copy_((row - row.amax()).div_(scale).exp_().sum())
+        out.copy_((row - row.amax()).div_(scale).exp_().sum(dtype=torch.float64))
     return total
 
 
@@ -130,7 +130,8 @@ def _look(logits: Tensor, limits: _Limits, total: Tensor, width: int) -> tuple[L
     before = (mass.cumsum(-1) - mass).gather(1, _first_of_ties(values))
     above_floor = relative >= limits.log_min_p
     # Tokens beyond the candidates come after all of their mass, and below the least of them.
-    complete = has_top_k | (candidates >= limits.top_p * norm) | ~above_floor[:, -1:]
+    below_floor = (~above_floor & (values > -torch.inf)).any(-1, keepdim=True)
+    complete = has_top_k | (candidates >= limits.top_p * norm) | below_floor
     complete |= torch.full_like(complete, width >= vocab_size)
     keep &= (before < limits.top_p * norm) & above_floor
     keep[:, 0] = True

@@ -13,6 +13,7 @@ from torch import Tensor
 from dspark_batch.core import SamplingParams, TokenLogprobs
 from dspark_batch.sampling import noise
 from dspark_batch.sampling.probs import LimitedSupport, limited_support, limits_support, penalise_
+from dspark_batch.tensors import FastDraws
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -29,25 +30,44 @@ class SampledRow:
     seen: NDArray[np.int64] | None = None
 
 
+class GreedyDraws:
+    """Tokens of N flat positions that are all greedy, drawn without logits: what ``FastDraws.greedy`` gave."""
+
+    def __init__(self, token_ids: Tensor, finite: Tensor) -> None:
+        self._token_ids: list[int] = token_ids.tolist()
+        self._finite: list[bool] = finite.tolist()
+
+    def finite(self) -> list[bool]:
+        return self._finite
+
+    def draw(self) -> list[int]:
+        return self._token_ids
+
+    def probs(self) -> Tensor:
+        raise AssertionError("greedy positions are verified without distributions")
+
+
 class PositionBatch:
     """Target logits of N flat positions of R rows, row after row, each with len(row.draft) + 1 of them.
 
-    Takes ``logits`` [N, V] float32 over: the repetition penalty is applied in place.
+    Takes ``logits`` [N, V] float32 over: the repetition penalty is applied in place. ``fast``: kernels that draw the
+    same tokens.
     """
 
-    def __init__(self, logits: Tensor, rows: Sequence[SampledRow]) -> None:
+    def __init__(self, logits: Tensor, rows: Sequence[SampledRow], *, fast: FastDraws | None = None) -> None:
         self.logits = logits
         self.rows = rows
+        self._fast = fast
         self._row_of = [r for r, row in enumerate(rows) for _ in range(len(row.draft) + 1)]
         assert len(self._row_of) == logits.shape[0], "one row of logits for each position"
         self._penalise()
-        self._best = logits.argmax(-1)
-        self._best_logit = logits.gather(1, self._best.unsqueeze(-1)).squeeze(-1)
+        self._best = logits.argmax(-1) if fast is None else fast.argmax(logits)[0]
+        best_logit = logits.gather(1, self._best.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+        self._finite: list[bool] = (best_logit.isfinite() & (self._best >= 0)).tolist()
 
     def finite(self) -> list[bool]:
         """Per position, whether a draw is possible: no NaN, no +inf, and at least one token above -inf."""
-        flags: list[bool] = self._best_logit.isfinite().tolist()
-        return flags
+        return self._finite
 
     def draw(self) -> list[int]:
         """The token of every position, by its row's noise at its absolute position; greedy at temperature 0."""
@@ -56,21 +76,38 @@ class PositionBatch:
         if full or limited:
             keys, starts = self._noise_coordinates()
             drawn = drawn.clone()
+            if self._fast is not None:
+                undecided = self._draw_fast(self._fast, drawn, sorted((*full, *limited)), keys, starts)
+                full = [i for i in full if i in undecided]
+                limited = [i for i in limited if i in undecided]
             if full:
                 index, scores = self._tempered(full)
-                drawn[index] = noise.argmax_with_noise(scores, keys[index], starts[index], best=drawn[index])
+                best = self._best[index]
+                drawn[index] = noise.argmax_with_noise(scores, keys[index], starts[index], best=best)
             if limited:
                 index = self._index(limited)
                 support = self._support(limited)
                 noisy = support.scores + noise.gumbel(keys[index], starts[index], support.token_ids)
                 drawn[index] = support.token_ids.gather(1, noisy.argmax(-1, keepdim=True)).squeeze(-1)
-        tokens: list[int] = drawn.tolist()
+        tokens: list[int] = drawn.clamp(min=0).tolist()
         return tokens
+
+    def _draw_fast(self, fast: FastDraws, drawn: Tensor, flat: list[int], keys: Tensor, starts: Tensor) -> set[int]:
+        """Fills ``drawn`` at the given positions; those that the kernels leave to the slow path."""
+        flat = [i for i in flat if self._finite[i]]
+        index = self._index(flat)
+        sampling = [self.rows[self._row_of[i]].sampling for i in flat]
+        top_k = self._index([s.top_k or 0 for s in sampling])
+        integers = torch.stack((top_k, keys[index], starts[index], self._best[index]), dim=1)
+        reals = torch.tensor([(s.temperature, s.top_p, s.min_p or 0.0) for s in sampling], dtype=torch.float64)
+        tokens = fast.draw(self.logits, flat=index, integers=integers, reals=reals.view(-1, 3))
+        drawn[index] = torch.where(tokens < 0, drawn[index], tokens)
+        return set(index[tokens < 0].tolist())
 
     def probs(self) -> Tensor:
         """[N, V] float32, the distribution that every position is sampled from; one-hot where temperature is 0."""
         out = torch.zeros_like(self.logits)
-        out.scatter_(1, self._best.unsqueeze(-1), 1.0)
+        out.scatter_(1, self._best.clamp(min=0).unsqueeze(-1), 1.0)
         full, limited = self._split()
         if full:
             index, scores = self._tempered(full)

@@ -1,5 +1,7 @@
 // C interface of the kernels. Every function is typed by a flag: is_bf16 chooses bfloat16 storage, else float32.
+#include "draw.hpp"
 #include "gemm.hpp"
+#include "head.hpp"
 #include "parallel.hpp"
 #include "plan.hpp"
 #include "rows.hpp"
@@ -46,7 +48,7 @@ void linear(const Linear<T>& w, const T* x, int64_t m, const Target<T>& to) {
 
 extern "C" {
 
-int ds_abi() { return 2; }
+int ds_abi() { return 3; }
 
 int ds_has_bf16_dot() {
 #ifdef DSPARK_DPBF16
@@ -97,6 +99,16 @@ void ds_silu_mul(int is_bf16, const void* gate_up, void* out, int64_t rows, int6
 void ds_argmax(int is_bf16, const void* x, int64_t rows, int64_t n, int64_t* index, float* margin) {
   DS_DISPATCH(is_bf16, parallel(int(rows), rows * n > 2 * SMALL,
                                 [=](int r) { argmax_row(as<T>(x) + r * n, n, index + r, margin + r); }));
+}
+
+void ds_product_argmax(int is_bf16, const float* packed, const void* bias, int64_t n, int64_t k, const void* x, int64_t m,
+                       int64_t* index, float* margin, float* best) {
+  DS_DISPATCH(is_bf16, product_argmax<T>({packed, as<T>(bias), n, k}, as<T>(x), m, index, margin, best));
+}
+
+// Row i of `params` draws from row flat[i] of the logits [*, n].
+void ds_draw(const float* logits, int64_t n, const DrawParams* params, const int64_t* flat, int64_t count, int64_t* tokens) {
+  parallel(int(count), true, [=](int i) { tokens[i] = draw_row(logits + flat[i] * n, n, params[i]); });
 }
 
 // out holds ceil(n / 32) * 32 * k elements of the storage type.

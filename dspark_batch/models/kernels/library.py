@@ -16,7 +16,7 @@ from dspark_batch.models.kernels.build import SWITCH_VARIABLE, BuildError, build
 
 logger = logging.getLogger(__name__)
 
-ABI = 2
+ABI = 3
 DTYPES = (torch.bfloat16, torch.float32)
 _LANES = 16
 MAX_HEAD_DIM = 256
@@ -33,6 +33,8 @@ _SIGNATURES: dict[str, tuple[type | None, tuple[type, ...]]] = {
     "ds_add_rms_norm": (None, (_I, _P, _P, _P, _P, _L, _L, _F)),
     "ds_silu_mul": (None, (_I, _P, _P, _L, _L)),
     "ds_argmax": (None, (_I, _P, _L, _L, _P, _P)),
+    "ds_product_argmax": (None, (_I, _P, _P, _L, _L, _P, _L, _P, _P, _P)),
+    "ds_draw": (None, (_P, _L, _P, _P, _L, _P)),
     "ds_pack": (None, (_I, _P, _P, _L, _L, _P)),
     "ds_step": (None, (_I, _P, _P)),
     "ds_linear": (None, (_I, _P, _P, _L, _L, _P, _L, _P, _L, _I)),
@@ -113,6 +115,15 @@ class Kernels:
         margin = torch.empty(rows, dtype=torch.float32)
         self.lib.ds_argmax(_typed(logits), logits.data_ptr(), rows, width, index.data_ptr(), margin.data_ptr())
         return index, margin
+
+    def draw(self, logits: Tensor, *, flat: Tensor, integers: Tensor, reals: Tensor) -> Tensor:
+        """Draws with keyed noise, as ``tensors.FastDraws`` says."""
+        params = torch.cat((reals.view(torch.int64), integers), dim=1)
+        tokens = torch.empty_like(flat)
+        self.lib.ds_draw(
+            logits.data_ptr(), logits.shape[1], params.data_ptr(), flat.data_ptr(), len(flat), tokens.data_ptr()
+        )
+        return tokens
 
 
 class AttentionPlan:

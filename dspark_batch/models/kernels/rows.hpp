@@ -81,34 +81,53 @@ inline void rotate_and_store(const Plan& plan, int token, T* qkv, const Rope& ro
   }
 }
 
-// First index of the maximum, and how far the best of the others lies below it. A NaN gives index -1.
-template <class T>
-inline void argmax_row(const T* x, int64_t n, int64_t* index, float* margin) {
+// The largest value of a row so far, the best of the others, and the first index of the largest.
+struct Top {
   float best = -std::numeric_limits<float>::infinity(), second = best;
-  int64_t at = -1;
-  bool broken = false;
+  int32_t at = -1;
+  bool has_nan = false;
+
+  void add(float y, int64_t index) {
+    if (y != y) has_nan = true;
+    if (y > best || at < 0) second = best, best = y, at = int32_t(index);
+    else if (y > second) second = y;
+  }
+  void add(const Top& later) {  // of higher indexes
+    has_nan |= later.has_nan;
+    if (later.at < 0) return;
+    if (later.best > best || at < 0) second = vmaximum(best, later.second), best = later.best, at = later.at;
+    else second = vmaximum(second, later.best);
+  }
+  // A NaN gives index -1.
+  void write(int64_t* index, float* margin) const {
+    *index = has_nan ? -1 : at;
+    *margin = has_nan ? std::nanf("") : best - second;
+  }
+
+ private:
+  static float vmaximum(float a, float b) { return a > b ? a : b; }
+};
+
+// Adds x[0 .. n-1], whose indexes begin at `first`.
+template <class T>
+inline void scan(Top& top, const T* x, int64_t n, int64_t first) {
   int64_t i = 0;
   for (; i + 4 * LANES <= n; i += 4 * LANES) {
     vf a = load(x + i), b = load(x + i + LANES), c = load(x + i + 2 * LANES), d = load(x + i + 3 * LANES);
     vf sum = (a - a) + (b - b) + (c - c) + (d - d);  // NaN where a value is not finite
-    vf top = vmax(vmax(a, b), vmax(c, d));
     bool odd = !(hsum(sum) == 0.0f);
-    if (!odd && at >= 0 && hmax(top) <= second) continue;
-    for (int64_t j = i; j < i + 4 * LANES; j++) {
-      float y = widen(x[j]);
-      if (y != y) broken = true;
-      if (y > best || at < 0) second = best, best = y, at = j;
-      else if (y > second) second = y;
-    }
+    if (!odd && top.at >= 0 && hmax(vmax(vmax(a, b), vmax(c, d))) <= top.second) continue;
+    for (int64_t j = i; j < i + 4 * LANES; j++) top.add(widen(x[j]), first + j);
   }
-  for (; i < n; i++) {
-    float y = widen(x[i]);
-    if (y != y) broken = true;
-    if (y > best || at < 0) second = best, best = y, at = i;
-    else if (y > second) second = y;
-  }
-  *index = broken ? -1 : at;
-  *margin = broken ? std::nanf("") : best - second;
+  for (; i < n; i++) top.add(widen(x[i]), first + i);
+}
+
+// First index of the maximum, and how far the best of the others lies below it.
+template <class T>
+inline void argmax_row(const T* x, int64_t n, int64_t* index, float* margin) {
+  Top top;
+  scan(top, x, n, 0);
+  top.write(index, margin);
 }
 
 }  // namespace ds

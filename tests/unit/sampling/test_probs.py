@@ -94,3 +94,14 @@ def test_a_token_seen_twice_is_penalised_once(doubled: bool) -> None:
     seen = np.array([0, 1, 0, 1] if doubled else [0, 1])
     probs.penalise_(logits, [0], [seen], [2.0])
     assert logits.tolist() == [[1.0, -4.0, 4.0]]
+
+
+def test_min_p_finds_rows_with_few_candidates_beside_rows_with_many() -> None:
+    """A row is padded to the longest row's candidates; the padding says nothing about its floor."""
+    flat = torch.randn(1, 20_011, generator=torch.Generator().manual_seed(0)) * 0.1
+    tied = flat.clone()
+    tied[0, :5000] = flat.max() + 1.0
+    sampling = SamplingParams(temperature=1.0, min_p=0.5)
+    alone = probs.limited_support(flat.clone(), [sampling])
+    together = probs.limited_support(torch.cat((flat, tied)), [sampling, sampling])
+    assert (together.scores[0] > -torch.inf).sum() == (alone.scores[0] > -torch.inf).sum()
