@@ -90,6 +90,17 @@ def load_weights(folder: Path, spec: DecoderSpec, *, dtype: torch.dtype, device:
         return DecoderWeights(embedding, layers, build.tensor("model.norm.weight"), head)
 
 
+def read_tensors(folder: Path, names: Iterable[str]) -> dict[str, Tensor]:
+    """Some tensors of a checkpoint by name, as they are stored, on the CPU.
+
+    Raises:
+        ModelError: the files cannot be read, or lack one of them.
+    """
+    with ExitStack() as stack:
+        source = _Checkpoint(folder, stack)
+        return {name: source.tensor(name) for name in names}
+
+
 class TensorSource(Protocol):
     """Named tensors, read on demand."""
 
@@ -136,6 +147,8 @@ class _Checkpoint:
             self._file_of |= dict.fromkeys(handle.keys(), handle)
 
     def tensor(self, name: str) -> Tensor:
+        if name not in self._file_of:
+            raise ModelError(f"the checkpoint in {self._folder} has no tensor {name}; fetch it again")
         value: Tensor = self._file_of[name].get_tensor(name)
         return value
 
