@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, field
-from itertools import count
+from itertools import count, islice
 from typing import Literal
 
 from dspark_batch.core import ErrorCode, Request, RowError
@@ -16,6 +16,9 @@ from dspark_batch.sampling.noise import noise_key
 from dspark_batch.tensors import Target
 
 QueueOrder = Literal["fifo", "long_first"]
+
+_NUM_COMPARED = 8
+"""Waiting requests that a prompt is compared with to find what they share."""
 
 
 @dataclass(slots=True, eq=False)
@@ -132,8 +135,8 @@ class Admission:
     def _prefix_for(self, queued: QueuedRequest) -> PrefixUse | None:
         if self._prefixes is None:
             return None
-        neighbour = self._queue[1].token_ids if len(self._queue) > 1 else None
-        return self._prefixes.acquire(queued.token_ids, neighbour=neighbour, num_samples=len(queued.samples))
+        waiting = (other.token_ids for other in islice(self._queue, 1, 1 + _NUM_COMPARED))
+        return self._prefixes.acquire(queued.token_ids, waiting=waiting, num_samples=len(queued.samples))
 
     def _allocate(self, queued: QueuedRequest, use: PrefixUse | None) -> int | None:
         kv = self._target.kv

@@ -1,15 +1,15 @@
-"""Prompt prefixes that rows share: found among neighbouring requests, computed once, kept while they are of use."""
+"""Prompt prefixes that rows share: found among requests close to each other, computed once, kept while of use."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
 
 from dspark_batch.tensors import KVStore
 
-MIN_PREFIX_TOKENS = 32
+MIN_PREFIX_TOKENS = 16
 MAX_PREFIXES = 4
 
 
@@ -44,7 +44,7 @@ class PrefixUse:
 class PrefixPool:
     """At most ``MAX_PREFIXES`` prefixes in at most a quarter of the KV memory; the least recently used one gives way.
 
-    A prefix is tried for where two requests next to each other in the queue begin with the same tokens, or where one
+    A prefix is tried for where requests close to each other in the queue begin with the same tokens, or where one
     request asks for several samples. Sharing changes no result: the last prompt token is always computed by the row.
     """
 
@@ -57,12 +57,14 @@ class PrefixPool:
         """Prefixes that rows wait for, oldest first."""
         return [p for p in self._prefixes if p.num_pending and p.num_users]
 
-    def acquire(self, prompt: Sequence[int], *, neighbour: Sequence[int] | None, num_samples: int) -> PrefixUse | None:
+    def acquire(self, prompt: Sequence[int], *, waiting: Iterable[Sequence[int]], num_samples: int) -> PrefixUse | None:
         """The prefix to be shared by a row with this prompt, made where it pays; None when there is none.
 
-        neighbour: the prompt of another request that waits. num_samples: samples of this request yet to be admitted.
+        waiting: the prompts of the requests that come next. num_samples: samples of this request yet to be admitted.
         """
-        wanted = len(prompt) - 1 if num_samples > 1 else common_length(prompt[:-1], neighbour or ())
+        wanted = len(prompt) - 1
+        if num_samples == 1:
+            wanted = max((common_length(prompt[:-1], other) for other in waiting), default=0)
         use = self._find(prompt)
         if wanted >= MIN_PREFIX_TOKENS and (use is None or use.num_tokens < wanted // 2):
             made = self._make(list(prompt[:wanted]))

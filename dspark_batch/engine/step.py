@@ -77,8 +77,8 @@ class StepRunner:
         """
         started = perf_counter()
         decoding = [row for row in rows if row.num_output]
-        filling = [row for row in rows if not row.num_output and not row.is_waiting]
-        num_pending = sum(p.num_pending for p in prefixes) + sum(row.num_pending for row in filling)
+        filling = [row for row in rows if not row.num_output]
+        num_pending = sum(owner.num_pending for owner in (*prefixes, *filling))
         num_drafted_before = sum(row.num_drafted for row in decoding)
         load = self._load(decoding, num_pending=num_pending, num_queued=num_queued)
         block, num_planned, draft_s = self._draft(decoding, load)
@@ -167,13 +167,18 @@ class StepRunner:
             parts.append(_Part(row, len(flat), 1 + len(draft), draft, probs, wants_logits=True))
             flat.append(row.token_ids[-1])
             flat.extend(draft)
+        prefix_len: dict[int, int] = {}
         for owner in filling:
+            if isinstance(owner, RowState) and _lacks_prefix(owner, prefix_len):
+                continue
             num_tokens = min(owner.num_pending, self._max_step_tokens - len(flat))
             if num_tokens <= 0:
                 break
             ends = isinstance(owner, RowState) and num_tokens == owner.num_pending
             parts.append(_Part(owner, len(flat), num_tokens, wants_logits=ends))
             flat.extend(owner.token_ids[owner.kv_len : owner.kv_len + num_tokens])
+            if isinstance(owner, Prefix):
+                prefix_len[owner.slot] = owner.kv_len + num_tokens
         return parts, flat
 
     def _batch(self, parts: Sequence[_Part], token_ids: list[int]) -> ForwardBatch:
@@ -288,6 +293,14 @@ class StepRunner:
             self._drafter.observe(row.draft_row, shared, 0)
         valid = features[part.offset : part.offset + row.kv_len - start]
         self._drafter.observe(row.draft_row, valid, start)
+
+
+def _lacks_prefix(row: RowState, computed: dict[int, int]) -> bool:
+    """Whether the row's shared prefix is neither ready nor part of this step; ``computed``: its length by slot.
+
+    A layer writes the keys and values of all tokens of a step before it attends.
+    """
+    return row.prefix is not None and row.is_waiting and computed.get(row.prefix.prefix.slot, 0) < row.prefix.num_tokens
 
 
 def _is_plain_greedy(part: _Part) -> bool:
