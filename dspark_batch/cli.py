@@ -89,7 +89,7 @@ def table(
 
 @bench_app.command("throughput")
 def bench_throughput(
-    config: Annotated[Path, typer.Argument(help="YAML with model, speculation, engine, sampling; the rest is ignored.")],
+    config: Annotated[Path, typer.Argument(help="YAML: model, speculation, engine, sampling; the rest is ignored.")],
     prompts: Annotated[Path, typer.Option(help="JSON lines with `turns` or `prompt`, or a Parquet file.")],
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, such as speculation.drafter=ngram.")

@@ -10,8 +10,8 @@ class StepRecord:
     """One engine step: a target forward with what came before and after it.
 
     num_rows: samples with a verify slice. num_verify_tokens: their flat tokens, anchors included. num_prefill_tokens:
-    flat prompt tokens of the same forward. num_planned_draft_tokens: what the schedule asked the drafter for, 0 where it
-    chose not to draft. num_drafted_tokens: proposed by the drafter, whether verified or not.
+    flat prompt tokens of the same forward. num_planned_draft_tokens: what the schedule asked the drafter for, 0 where
+    it chose not to draft. num_drafted_tokens: proposed by the drafter, whether verified or not.
     num_accepted_tokens: drafted tokens that stand; num_emitted_tokens also counts the one that follows them, less what
     a stop or the length limit dropped. The four times add up to the step: drafting; target forward, logits included;
     sampling, verification and commit; everything else on the host. On a device that works asynchronously, the sampling

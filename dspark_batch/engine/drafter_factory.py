@@ -15,6 +15,9 @@ from dspark_batch.tensors import Target
 from dspark_batch.verification.base import Verifier
 from dspark_batch.verification.coupled import CoupledVerifier
 
+AUTO_DRAFTER = "suffix"
+"""Needs no checkpoint, and finds what ngram finds in the row itself and more in the rows before it."""
+
 _DRAFTERS = {
     "suffix": ("dspark_batch.drafters.suffix", "SuffixDrafter"),
     "draft_model": ("dspark_batch.drafters.draft_model", "DraftModelDrafter"),
@@ -34,9 +37,11 @@ def make_drafter(config: EngineConfig, target: Target, *, target_fingerprint: st
         ModelError: the drafter's checkpoint cannot be used with this target.
     """
     name = "none" if config.schedule == "off" else config.drafter
+    if name == "auto":
+        name = AUTO_DRAFTER
     if name == "none":
         return NoDrafter()
-    if name in ("auto", "ngram"):
+    if name == "ngram":
         return NgramDrafter(max_draft_tokens=config.max_draft_tokens or DEFAULT_DRAFT_TOKENS)
     if name in ("draft_model", "dspark") and config.drafter_path is None:
         raise ConfigError([Problem("engine.drafter_path", f"is not set, and drafter {name!r} needs a checkpoint")])

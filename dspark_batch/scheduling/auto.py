@@ -24,6 +24,9 @@ from dspark_batch.tensors import DraftBlock, VerifyPlan
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
+_EXPLORED_TOKENS = 4
+_CLEAR_SAVING = 0.5
+_PLAIN_EVERY_IN_DOUBT = 8
 _PLAIN_EVERY = 64
 """Rounds after which one plain round is run if none was, so that the cost of plain decoding stays known."""
 
@@ -33,6 +36,7 @@ class _Round:
     """The round between its draft lengths and its outcome."""
 
     asked: Ints
+    explores: bool
     confidence: Floats | None = None
 
 
@@ -69,11 +73,15 @@ class AutoLength:
         if self._is_time_for_a_plain_round(num_rows):
             return nothing
         limits = np.minimum(np.array(load.limits, np.int64), self._max_draft_tokens)
-        lengths = limits if self._has_confidence else self._lengths_by_history(load, limits)
+        explores = gate.is_first_after_pause
+        if explores:
+            lengths = self._a_few_rows(limits)
+        else:
+            lengths = limits if self._has_confidence else self._lengths_by_history(load, limits)
         if not lengths.any():
-            gate.observe(0.0, num_rows=num_rows)
+            gate.close()
             return nothing
-        self._round = _Round(asked=lengths)
+        self._round = _Round(asked=lengths, explores=explores)
         chosen: list[int] = lengths.tolist()
         return chosen
 
@@ -92,6 +100,8 @@ class AutoLength:
         else:
             by_position = self._history.survival(load.handles, self._max_draft_tokens)
             survival = by_position[row, _positions(offered)]
+        if self._round.explores:
+            return VerifyPlan(verify_len=offered.tolist())
         longest = int(self._round.asked.max())
         admitted = self._admit(load, survival, draft_s=self.draft_cost.seconds(len(offered), longest))
         lengths = np.bincount(row[admitted.mask], minlength=len(offered))
@@ -127,8 +137,19 @@ class AutoLength:
         base = outcome.num_step_tokens - num_extra
         plain_s, before_s, after_s = self.cost.seconds(np.array([num_rows, base, base + num_extra])).tolist()
         draft_s = self.draft_cost.seconds(num_rows, int(current.asked.max()))
+        # The step's own time, so that a wrong curve cannot keep drafting up; within bounds, against hiccups.
+        took_s = min(max(outcome.step_s, 0.5 * after_s), 2.0 * after_s)
         gained = sum(outcome.num_accepted) / num_rows
-        return float(gained - (after_s - before_s + draft_s) / plain_s)
+        return float(gained - (took_s - before_s + draft_s) / plain_s)
+
+    def _a_few_rows(self, limits: Ints) -> Ints:
+        """Short drafts for an eighth of the rows, to learn whether anything has changed; all of it is verified."""
+        self._history.age()
+        self._scale.age()
+        chosen = np.argsort(-limits, kind="stable")[: max(1, len(limits) // 8)]
+        lengths = np.zeros_like(limits)
+        lengths[chosen] = np.minimum(limits[chosen], _EXPLORED_TOKENS)
+        return lengths
 
     def _lengths_by_history(self, load: RoundLoad, limits: Ints) -> Ints:
         """Lengths with the best expected rate; several longest lengths are tried where drafting costs by the token."""
@@ -178,11 +199,13 @@ class AutoLength:
         self._handles = handles
 
     def _is_time_for_a_plain_round(self, num_rows: int) -> bool:
-        if self._rounds_drafted_in_a_row < _PLAIN_EVERY:
+        in_doubt = self._gate(num_rows).saved < _CLEAR_SAVING and not self.cost.is_known(num_rows)
+        wait = _PLAIN_EVERY_IN_DOUBT if in_doubt else _PLAIN_EVERY
+        if self._rounds_drafted_in_a_row < wait:
             return False
         since = self.cost.steps_since(num_rows)
         self._rounds_drafted_in_a_row = 0
-        return since is None or since >= _PLAIN_EVERY
+        return since is None or since >= wait
 
 
 def _positions(lengths: Ints) -> Ints:

@@ -11,11 +11,20 @@ from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
 
-KNOTS = (1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 2048, 4096)
+KNOTS = (
+    *range(1, 16),
+    *(octave * part for octave in (2, 4, 8, 16, 32) for part in range(8, 16)),
+    512,
+    1024,
+    2048,
+    4096,
+)
 """Flat tokens at which the step cost is kept; linear in between."""
 
-_WINDOW = 15
-_LEVEL_RATE = 0.1
+_WINDOW = 21
+_PRIOR_STEPS = 4
+_LEVEL_RATE = 0.3
+_STEPS_PER_TABLE = 4
 _MAX_LOG_SURPRISE = 0.7
 _FORGET = 0.98
 _MAX_DRAFT_SURPRISE = 3.0
@@ -55,16 +64,22 @@ class StepCost:
         self._log_level += rate * max(-_MAX_LOG_SURPRISE, min(_MAX_LOG_SURPRISE, surprise))
         self._num_observed += 1
         knot = self._nearest(num_tokens)
-        window = self._ratios.setdefault(knot, deque(maxlen=_WINDOW))
-        correction = self._medians.get(knot, self._ratio_at(knot))
+        correction = math.exp(float(self._log_ratios(np.array([knot]))[0]))
+        # A new knot begins as its neighbours are, so that what a change of level does is not taken for its shape.
+        window = self._ratios.setdefault(knot, deque([correction] * _PRIOR_STEPS, maxlen=_WINDOW))
         window.append(correction * math.exp(surprise))
         self._medians[knot] = sorted(window)[len(window) // 2]
         self._last_seen[knot] = self._num_observed
-        self._table = None
+        if self._num_observed % _STEPS_PER_TABLE == 0 or self._num_observed < 2 * _STEPS_PER_TABLE:
+            self._table = None
 
     def seconds(self, num_tokens: NDArray[np.int64] | NDArray[np.float64]) -> Floats:
         """[N] flat tokens, not necessarily whole -> [N] seconds."""
         return self._shape_at(num_tokens) * math.exp(self._log_level)
+
+    def is_known(self, num_tokens: int) -> bool:
+        """Whether enough steps of about this size were seen to outweigh what was assumed."""
+        return len(self._ratios.get(self._nearest(num_tokens), ())) > 2 * _PRIOR_STEPS
 
     def steps_since(self, num_tokens: int) -> int | None:
         """Steps seen since one of about this size, or None if there was none."""
@@ -73,23 +88,20 @@ class StepCost:
 
     def _shape_at(self, num_tokens: NDArray[np.int64] | NDArray[np.float64]) -> Floats:
         if self._table is None:
-            ratios = np.array([self._ratio_at(knot) for knot in range(len(KNOTS))])
-            weights = [len(self._ratios.get(knot, ())) + 0.5 for knot in range(len(KNOTS))]
-            self._table = monotone(self._seed * ratios, np.array(weights))
+            weights = np.full(len(KNOTS), 0.5)
+            for knot, window in self._ratios.items():
+                weights[knot] += len(window)
+            self._table = monotone(self._seed * np.exp(self._log_ratios(np.arange(len(KNOTS)))), weights)
         out: Floats = np.interp(num_tokens, self._knots, self._table)
         return out
 
-    def _ratio_at(self, knot: int) -> float:
-        """Observed over seed, carried over from the nearest observed knots where this one has none."""
-        if knot in self._medians:
-            return self._medians[knot]
-        below = max((k for k in self._medians if k < knot), default=None)
-        above = min((k for k in self._medians if k > knot), default=None)
-        if below is None or above is None:
-            only = above if below is None else below
-            return 1.0 if only is None else self._medians[only]
-        share = (knot - below) / (above - below)
-        return float(self._medians[below] ** (1 - share) * self._medians[above] ** share)
+    def _log_ratios(self, knots: NDArray[np.int64]) -> Floats:
+        """Log of observed over seed, carried over from the nearest observed knots where a knot has none."""
+        if not self._medians:
+            return np.zeros(len(knots))
+        seen = sorted(self._medians)
+        out: Floats = np.interp(knots, seen, np.log([self._medians[knot] for knot in seen]))
+        return out
 
     def _nearest(self, num_tokens: int) -> int:
         return int(np.abs(np.log(self._knots) - math.log(max(num_tokens, 1))).argmin())
@@ -120,7 +132,7 @@ class DraftCost:
         self._moments = _FORGET * self._moments + np.outer(features, features)
         self._targets = _FORGET * self._targets + features * seconds
         ridge = np.diag([1e-6, 1e-2, 1e-2])
-        self._weights = np.linalg.solve(self._moments + ridge, self._targets)
+        self._weights = np.linalg.solve(self._moments + ridge, self._targets).astype(np.float64)
 
     def seconds(self, num_rows: int, longest: int) -> float:
         """0 before the first call was seen."""

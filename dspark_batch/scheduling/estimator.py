@@ -66,6 +66,11 @@ class AcceptanceHistory:
             del self._rows[handle]
         return len(gone)
 
+    def age(self) -> None:
+        """Trust what was counted half as much: drafting paused, and things may have changed."""
+        for counts in (self._held, self._tried, self._offered, self._asked):
+            counts *= 0.5
+
     def chances(self) -> Floats:
         """[K] conditional chance of each position for the job."""
         out = np.empty(len(self._held))
@@ -104,6 +109,11 @@ class ConfidenceScale:
     def __init__(self) -> None:
         self._held = np.zeros(len(_BIN_EDGES) + 1)
         self._tried = np.zeros(len(_BIN_EDGES) + 1)
+
+    def age(self) -> None:
+        """As :meth:`AcceptanceHistory.age`."""
+        self._held *= 0.5
+        self._tried *= 0.5
 
     def chances(self, confidence: Floats) -> Floats:
         """[N] confidences -> [N] conditional chances."""

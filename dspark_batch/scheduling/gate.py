@@ -19,8 +19,13 @@ class Gate:
 
     saved: float = 0.0
     num_rounds: int = 0
+    was_closed: bool = False
     pause: int = _SHORTEST_PAUSE
     num_left: int = 0
+
+    @property
+    def is_first_after_pause(self) -> bool:
+        return self.is_open and self.was_closed and self.num_rounds == 0
 
     @property
     def is_open(self) -> bool:
@@ -40,7 +45,12 @@ class Gate:
             return
         if self.saved > 0:
             self.pause = _SHORTEST_PAUSE
-            return
+        else:
+            self.close()
+
+    def close(self) -> None:
+        """Stop drafting for the length of the pause, and make the next pause longer."""
+        self.was_closed = True
         self.num_left = self.pause
         self.pause = min(2 * self.pause, _LONGEST_PAUSE)
         self.saved, self.num_rounds = 0.0, 0
