@@ -8,14 +8,14 @@ from typing import Any, cast
 from dspark_batch.drafters.base import Drafter
 from dspark_batch.drafters.ngram import DEFAULT_DRAFT_TOKENS, NgramDrafter
 from dspark_batch.drafters.none import NoDrafter
-from dspark_batch.engine.config import EngineConfig
+from dspark_batch.engine.config import DrafterName, EngineConfig
 from dspark_batch.errors import ConfigError, Problem
 from dspark_batch.sampling.streams import rejection_uniforms
 from dspark_batch.tensors import Target
 from dspark_batch.verification.base import Verifier
 from dspark_batch.verification.coupled import CoupledVerifier
 
-AUTO_DRAFTER = "suffix"
+AUTO_DRAFTER: DrafterName = "suffix"
 """Needs no checkpoint, and finds what ngram finds in the row itself and more in the rows before it."""
 
 _DRAFTERS = {

@@ -78,7 +78,7 @@ class StepRunner:
         started = perf_counter()
         decoding = [row for row in rows if row.num_output]
         filling = [row for row in rows if not row.num_output]
-        num_pending = sum(owner.num_pending for owner in (*prefixes, *filling))
+        num_pending = sum(p.num_pending for p in prefixes) + sum(row.num_pending for row in filling)
         num_drafted_before = sum(row.num_drafted for row in decoding)
         load = self._load(decoding, num_pending=num_pending, num_queued=num_queued)
         block, num_planned, draft_s = self._draft(decoding, load)
