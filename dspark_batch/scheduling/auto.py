@@ -88,9 +88,10 @@ class AutoLength:
     def verify_plan(self, load: RoundLoad, draft: DraftBlock) -> VerifyPlan:
         assert self._round is not None, "a plan without draft lengths"
         offered = np.array([len(tokens) for tokens in draft.token_ids], np.int64)
-        self._history.observe_offers(self._round.asked, offered)
         may_cut = self._may_use_draft or is_one_hot(draft)
         self._has_confidence = draft.confidence is not None and may_cut
+        if not self._has_confidence:
+            self._history.observe_offers(self._round.asked, offered)
         if not may_cut or not offered.any():
             return VerifyPlan(verify_len=offered.tolist())
         row = np.repeat(np.arange(len(offered)), offered)
@@ -123,8 +124,9 @@ class AutoLength:
         verified = np.array(outcome.num_verified, np.int64)
         accepted = np.array(outcome.num_accepted, np.int64)
         self.draft_cost.observe(num_rows, int(current.asked.max()), outcome.draft_s)
-        self._history.observe(load.handles, verified, accepted)
-        if current.confidence is not None and len(current.confidence):
+        if current.confidence is None:
+            self._history.observe(load.handles, verified, accepted)
+        elif len(current.confidence):
             reached = np.minimum(accepted + 1, verified)
             position, row = _positions(verified), np.repeat(np.arange(num_rows), verified)
             seen = position < reached[row]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Mapping
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,12 +23,14 @@ KNOTS = (
 )
 """Flat tokens at which the step cost is kept; linear in between."""
 
+_BOUNDS = tuple(math.sqrt(low * high) for low, high in pairwise(KNOTS))
 _WINDOW = 21
 _PRIOR_STEPS = 4
 _LEVEL_RATE = 0.3
 _STEPS_PER_TABLE = 4
 _MAX_LOG_SURPRISE = 0.7
 _FORGET = 0.98
+_CALLS_PER_FIT = 8
 _MAX_DRAFT_SURPRISE = 3.0
 
 
@@ -64,7 +68,9 @@ class StepCost:
         self._log_level += rate * max(-_MAX_LOG_SURPRISE, min(_MAX_LOG_SURPRISE, surprise))
         self._num_observed += 1
         knot = self._nearest(num_tokens)
-        correction = math.exp(float(self._log_ratios(np.array([knot]))[0]))
+        correction = self._medians.get(knot)
+        if correction is None:
+            correction = math.exp(float(self._log_ratios(np.array([knot]))[0]))
         # A new knot begins as its neighbours are, so that what a change of level does is not taken for its shape.
         window = self._ratios.setdefault(knot, deque([correction] * _PRIOR_STEPS, maxlen=_WINDOW))
         window.append(correction * math.exp(surprise))
@@ -104,7 +110,7 @@ class StepCost:
         return out
 
     def _nearest(self, num_tokens: int) -> int:
-        return int(np.abs(np.log(self._knots) - math.log(max(num_tokens, 1))).argmin())
+        return bisect_left(_BOUNDS, num_tokens)
 
 
 class DraftCost:
@@ -131,8 +137,9 @@ class DraftCost:
         features = np.array([1.0, num_rows, longest])
         self._moments = _FORGET * self._moments + np.outer(features, features)
         self._targets = _FORGET * self._targets + features * seconds
-        ridge = np.diag([1e-6, 1e-2, 1e-2])
-        self._weights = np.linalg.solve(self._moments + ridge, self._targets).astype(np.float64)
+        if self._num_observed % _CALLS_PER_FIT == 0 or self._num_observed < 2 * _CALLS_PER_FIT:
+            ridge = np.diag([1e-6, 1e-2, 1e-2])
+            self._weights = np.linalg.solve(self._moments + ridge, self._targets).astype(np.float64)
 
     def seconds(self, num_rows: int, longest: int) -> float:
         """0 before the first call was seen."""
