@@ -49,6 +49,11 @@ class TextCodec:
         ids: list[int] = self._tokenizer.encode(text)
         return ids
 
+    def encode_plain(self, text: str) -> list[int]:
+        """Token ids of a piece of text, without special tokens around it."""
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False)
+        return ids
+
     def encode_chat(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> list[int]:
         """Token ids of a conversation by the chat template.
 

@@ -47,6 +47,7 @@ class PackedAttention:
         seen = (flat @ keys).view(*shape, span.num_tokens).masked_fill(self._hidden[index], -math.inf)
         scores = torch.cat((seen, queries @ own_k), dim=-1)
         weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(v.dtype)
-        context, block = weights.split((span.num_tokens, size), dim=-1)
+        context, block = torch.split(weights, [span.num_tokens, size], dim=-1)
         y = (context.reshape(num_kv_heads, -1, span.num_tokens) @ values).view(*shape, head_dim) + block @ own_v
-        return y.permute(2, 3, 0, 1, 4).reshape(span.num_blocks * size, -1)
+        flat_out: Tensor = y.permute(2, 3, 0, 1, 4).reshape(span.num_blocks * size, -1)
+        return flat_out

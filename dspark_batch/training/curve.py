@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from dspark_batch.errors import ConfigError, Problem
 from dspark_batch.provenance import atomic_write_text
@@ -55,10 +56,11 @@ def read_curve(file: Path) -> list[CurvePoint]:
     points = []
     for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else ():
         try:
-            fields = json.loads(line)
+            fields: dict[str, Any] = json.loads(line)
         except ValueError:
             break
-        points.append(CurvePoint(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}))
+        lists: dict[str, Any] = {k: tuple(v) for k, v in fields.items() if isinstance(v, list)}
+        points.append(CurvePoint(**{**fields, **lists}))
     return points
 
 

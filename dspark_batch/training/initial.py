@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -128,16 +127,6 @@ def initial_tensors(config: DSparkConfig, spec: DecoderSpec, *, folder: Path | N
     if folder is not None:
         tensors |= _from_target(config, spec, folder, tensors)
     return tensors
-
-
-def start_config(config: DSparkConfig, *, like: DSparkConfig) -> DSparkConfig:
-    """The config of a drafter that goes on from one of config ``like``. Raises ConfigError where shapes differ."""
-    kept = replace(like, target_fingerprint=config.target_fingerprint)
-    wrong = [name for name, shape in expected_shapes(config).items() if expected_shapes(like).get(name) != shape]
-    if wrong or like.taps != config.taps:
-        what = f"taps {list(like.taps)}" if not wrong else f"other shapes of {', '.join(wrong[:3])}"
-        raise ConfigError([Problem("start_from", f"has {what}; make the drafter section fit it")])
-    return kept
 
 
 def _random(name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:

@@ -60,7 +60,7 @@ def draft_loss(
 
     hidden: [N, H]; bias_input: [N, r]; w2: [Vd, r]; None without a sequential head. Gradients reach all three.
     """
-    total, ce, distance, distances, hits = _Fused.apply(hidden, bias_input, w2, target, weights)
+    total, ce, distance, distances, hits = _fused(hidden, bias_input, w2, target, weights)
     return DraftLoss(total, ce, distance, distances, hits)
 
 
@@ -121,6 +121,9 @@ class _Fused(torch.autograd.Function):
         scale = gradients[0]
         scaled = [None if g is None else g * scale.to(g.dtype) for g in ctx.gradients]
         return (*scaled, None, None)
+
+
+_fused: Any = _Fused.apply
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -125,7 +125,7 @@ class PackedBlocks:
 
 
 def pack(pieces: Sequence[Piece], rows: Sequence[TokenRow], *, num_slots: int) -> PackedBlocks:
-    """Lay pieces side by side. Slot k of a block at anchor n predicts position n+k+1 from the target's output at n+k."""
+    """Lay pieces side by side. Slot k of a block at anchor n predicts position n+k+1; the target does so at n+k."""
     steps = np.arange(num_slots)
     spans: list[ContextSpan] = []
     parts: list[tuple[Index, Index, Index, Index, NDArray[np.bool_], Index]] = []

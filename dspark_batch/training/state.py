@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ class Progress:
     """step: steps that are done. elapsed_s: time that they took, over all processes."""
 
     step: int = 0
-    place: Place = Place()
+    place: Place = field(default_factory=Place)
     elapsed_s: float = 0.0
 
 

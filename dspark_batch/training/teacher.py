@@ -101,9 +101,9 @@ class Teacher:
         batch = ForwardBatch(token_ids, slices, torch.cat(wanted).to(self.device), taps)
         out = self._decoder.forward(batch)
         assert out.features is not None, "taps were asked for"
-        features = out.features.split(sizes)
+        features = torch.split(out.features, sizes)
         counts = [len(part) for part in wanted]
-        hidden, log_z = out.hidden.split(counts), self._log_z(out.hidden).split(counts)
+        hidden, log_z = torch.split(out.hidden, counts), torch.split(self._log_z(out.hidden), counts)
         return [
             TaughtRow(features[i].clone(), hidden[i].clone(), log_z[i].clone(), row.prompt_len)
             for i, row in enumerate(rows)
@@ -111,7 +111,7 @@ class Teacher:
 
     def _log_z(self, hidden: Tensor) -> Tensor:
         size = max(1, _HEAD_CHUNK_ELEMENTS[self.device.type] // self.spec.vocab_size)
-        return torch.cat([self._weights.head(part).float().logsumexp(-1) for part in hidden.split(size)])
+        return torch.cat([self._weights.head(part).float().logsumexp(-1) for part in torch.split(hidden, size)])
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,6 +148,7 @@ class TaughtRows:
         self._kept: dict[int, TaughtRow] = {}
         self.num_bytes = 0
         self.num_computed_tokens = 0
+        self.num_computed_outputs = 0
 
     def get(self, numbers: Sequence[int]) -> list[TaughtRow]:
         """The rows of these numbers, missing ones computed together."""
@@ -155,6 +156,7 @@ class TaughtRows:
         rows = [self._rows[n] for n in missing]
         fresh = dict(zip(missing, self._teacher.teach(rows, taps=self._taps), strict=True)) if missing else {}
         self.num_computed_tokens += sum(len(row.token_ids) for row in rows)
+        self.num_computed_outputs += sum(row.num_response_tokens for row in rows)
         for number, row in fresh.items():
             if self.num_bytes + row.num_bytes <= self._limit_bytes:
                 self._kept[number] = row
@@ -200,7 +202,7 @@ class _CausalRows:
     def attend(self, layer: int, qkv: Tensor, plan: _Padded) -> Tensor:
         spec, norms = self._spec, self._norms[layer]
         heads = qkv.view(qkv.shape[0], -1, spec.head_dim)
-        q, k, v = heads.split((spec.num_heads, spec.num_kv_heads, spec.num_kv_heads), dim=1)
+        q, k, v = torch.split(heads, [spec.num_heads, spec.num_kv_heads, spec.num_kv_heads], dim=1)
         if norms is not None:
             q, k = (
                 functional.rms_norm(x.float(), (spec.head_dim,), None, spec.norm_eps).to(qkv.dtype) * norm

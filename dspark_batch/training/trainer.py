@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,7 +39,7 @@ class _Window:
     flops: float = 0.0
 
     def point(self, *, step: int, rate: float, elapsed_s: float) -> CurvePoint:
-        mean = {
+        mean: dict[str, Any] = {
             name: torch.stack([getattr(loss, name).detach().float() for loss in self.losses]).mean(0).tolist()
             for name in ("total", "ce", "distance", "confidence", "acceptance", "hits")
         }
@@ -80,7 +81,7 @@ class Trainer:
         identity: str,
     ) -> None:
         self.student, self._rows, self._config = student, rows, config
-        self._folder, self._identity = folder, identity
+        self.folder, self._identity = folder, identity
         self._spec: DecoderSpec = teacher.spec
         limit = int(config.feature_cache_gib * GIB)
         self.taught = TaughtRows(teacher, rows, taps=student.config.taps, limit_bytes=limit)
@@ -106,7 +107,7 @@ class Trainer:
             EngineError: the loss is not finite.
             OSError: the state cannot be written.
         """
-        curve = CurveFile(self._folder / CURVE_FILE, step=self.progress.step)
+        curve = CurveFile(self.folder / CURVE_FILE, step=self.progress.step)
         window, start_s, before_s = _Window(), time.monotonic(), self.progress.elapsed_s
         while not self.is_finished:
             step, place = self.progress.step, self.progress.place
@@ -131,8 +132,9 @@ class Trainer:
                 raise TimeUpError
 
     def _step(self, step: int, batch: PackedBlocks, window: _Window) -> None:
-        computed = self.taught.num_computed_tokens
-        loss = self.student.loss(batch, self.taught.get(batch.rows), weights=self._weights)
+        taught = self.taught
+        tokens, outputs = taught.num_computed_tokens, taught.num_computed_outputs
+        loss = self.student.loss(batch, taught.get(batch.rows), weights=self._weights)
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate(step, self._config)
         self._optimizer.zero_grad(set_to_none=True)
@@ -142,9 +144,11 @@ class Trainer:
         self._optimizer.step()
         window.losses.append(loss)
         window.num_positions += batch.num_positions
-        window.flops += self._flops(batch, self.taught.num_computed_tokens - computed)
+        window.flops += self._flops(
+            batch, num_tokens=taught.num_computed_tokens - tokens, num_outputs=taught.num_computed_outputs - outputs
+        )
 
-    def _flops(self, batch: PackedBlocks, num_computed_tokens: int) -> float:
+    def _flops(self, batch: PackedBlocks, *, num_tokens: int, num_outputs: int) -> float:
         config = self.student.config
         own = drafter_flops(
             config,
@@ -153,14 +157,12 @@ class Trainer:
             num_attended=batch.num_attended,
         )
         num_positions = sum(len(positions) for positions in batch.positions)
-        mean = num_computed_tokens / max(1, len(set(batch.rows)))
-        target = target_flops(
-            self._spec, num_tokens=num_computed_tokens, mean_tokens=mean, num_outputs=num_computed_tokens
-        )
+        mean = num_tokens / max(1, len(set(batch.rows)))
+        target = target_flops(self._spec, num_tokens=num_tokens, mean_tokens=mean, num_outputs=num_outputs)
         return own + target + head_flops(config, num_positions=num_positions)
 
     def _save(self) -> None:
-        save_state(self._folder / STATE_FILE, self.student, self._optimizer, self.progress, identity=self._identity)
+        save_state(self.folder / STATE_FILE, self.student, self._optimizer, self.progress, identity=self._identity)
 
 
 def _check_finite(point: CurvePoint) -> None:

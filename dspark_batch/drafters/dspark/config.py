@@ -42,7 +42,8 @@ class DSparkConfig:
     windows: per draft layer, how many context positions before the anchor are seen; None for all. causal_windows:
     within a block, layers with a window attend only to the left.
     rope: the checkpoint's own fields about position embeddings. num_target_layers, target_fingerprint: of the target
-    that it was trained for, where the checkpoint tells.
+    that it was trained for, where the checkpoint tells. confidence_temperatures: per drafted token, what the confidence
+    logits are divided by (STS calibration); () where the checkpoint has none.
     """
 
     hidden_size: int
@@ -67,6 +68,7 @@ class DSparkConfig:
     causal_windows: bool = False
     num_target_layers: int | None = None
     target_fingerprint: str | None = None
+    confidence_temperatures: tuple[float, ...] = ()
 
     @property
     def num_draft_tokens(self) -> int:
@@ -134,6 +136,7 @@ def deepspec_fields(config: DSparkConfig) -> dict[str, object]:
         "num_target_layers": config.num_target_layers,
         "target_fingerprint": config.target_fingerprint,
         "draft_vocab_size": config.draft_vocab_size if config.is_reduced else None,
+        "confidence_temperatures": list(config.confidence_temperatures) or None,
         "sliding_window": window,
         "sliding_window_non_causal": None if window is None else not config.causal_windows,
     }
@@ -218,6 +221,7 @@ def _build(top: _Fields, body: _Fields, *, taps: tuple[int, ...], anchor_default
         causal_windows=not top.flag("sliding_window_non_causal", False),
         num_target_layers=top.optional_count("num_target_layers"),
         target_fingerprint=top.optional_text("target_fingerprint"),
+        confidence_temperatures=top.positives("confidence_temperatures"),
     )
     _check(config, top)
     top.raise_problems()
@@ -231,6 +235,10 @@ def _check(config: DSparkConfig, fields: _Fields) -> None:
         (config.head_dim % 2 == 0, f"an odd head_dim {config.head_dim}"),
         (config.mask_token_id < config.vocab_size, f"mask_token_id {config.mask_token_id} outside the vocabulary"),
         (config.draft_vocab_size <= config.vocab_size, f"draft_vocab_size {config.draft_vocab_size} above vocab_size"),
+        (
+            len(config.confidence_temperatures) in (0, config.num_draft_tokens),
+            f"{len(config.confidence_temperatures)} confidence_temperatures for {config.num_draft_tokens} draft tokens",
+        ),
         (list(config.taps) == sorted(set(config.taps)), f"tapped layers {list(config.taps)} that do not increase"),
     )
     for is_fine, what in rules:
@@ -292,6 +300,15 @@ class _Fields:
             return float(value)
         self._wrong(name, "a number above 0", value)
         return default
+
+    def positives(self, name: str) -> tuple[float, ...]:
+        """An optional list of numbers above 0."""
+        found = self.config.get(name)
+        value = _as_list(found)
+        if found is None or (value and all(isinstance(x, int | float) and x > 0 for x in value)):
+            return tuple(float(cast(float, x)) for x in value)
+        self._wrong(name, "a list of numbers above 0", found)
+        return ()
 
     def flag(self, name: str, default: bool) -> bool:
         value = self.value(name, default)

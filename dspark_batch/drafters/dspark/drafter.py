@@ -66,6 +66,8 @@ class DSparkDrafter:
             device=parts.device,
             pending_limit_bytes=pending_limit_bytes,
         )
+        scales = config.confidence_temperatures or (1.0,) * config.num_draft_tokens
+        self._temperatures = torch.tensor(scales, device=parts.device)
         self._num_rounds: dict[int, int] = {}
 
     @classmethod
@@ -160,7 +162,7 @@ class DSparkDrafter:
             lengths,
             drafted.token_ids.tolist(),
             sampler.probs(lengths),
-            None if confidence is None else confidence.sigmoid().tolist(),
+            None if confidence is None else (confidence / self._temperatures).sigmoid().tolist(),
         )
 
 
