@@ -137,7 +137,7 @@ def _fill(engine: BatchEngine, *, num_rows: int, prompt_tokens: int, num_steps: 
     while engine.stats.num_prefill_tokens < num_rows * prompt_tokens:
         engine.step()
     engine.step()
-        assert engine.num_unfinished == num_rows, "a row ended or failed before the steps were timed"
+    assert engine.num_unfinished == num_rows, "a row ended or failed before the steps were timed"
 
 
 def _products(target: TargetRunner, num_rows: int) -> tuple[Callable[[], object], Callable[[], object]]:
