@@ -8,6 +8,8 @@ _SHORTEST_PAUSE = 16
 _LONGEST_PAUSE = 256
 _ROW_ROUNDS_TO_JUDGE = 48
 _FEWEST_ROUNDS = 6
+_WORTH_IT = 0.0
+_MEMORY = 6
 
 
 @dataclass(slots=True)
@@ -40,10 +42,10 @@ class Gate:
         """A drafted round saved this share of a plain step (negative: it cost more)."""
         self.num_rounds += 1
         enough = max(_FEWEST_ROUNDS, _ROW_ROUNDS_TO_JUDGE // num_rows)
-        self.saved += (saved - self.saved) / min(self.num_rounds, 2 * enough)
+        self.saved += (saved - self.saved) / min(self.num_rounds, _MEMORY * enough)
         if self.num_rounds < enough:
             return
-        if self.saved > 0:
+        if self.saved > _WORTH_IT:
             self.pause = _SHORTEST_PAUSE
         else:
             self.close()

@@ -68,7 +68,7 @@ def test_offer_rates_fall_along_the_draft() -> None:
 
 def test_a_boasting_drafter_is_corrected_where_it_boasts() -> None:
     scale = ConfidenceScale()
-    assert scale.chances(np.array([0.9, 0.35])).tolist() == pytest.approx([0.9, 0.35])
+    assert scale.chances(np.array([0.9, 0.35])).tolist() == pytest.approx([0.765, 0.2975])
     for i in range(200):
         scale.observe(np.array([0.92, 0.35]), np.array([i % 2 == 0, i % 3 == 0]))
     assert scale.chances(np.array([0.92]))[0] == pytest.approx(0.5, abs=0.06)
