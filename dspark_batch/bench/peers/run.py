@@ -47,8 +47,8 @@ class Workload:
     max_new_tokens: int
 
     def job(self, first: int, count: int) -> dict[str, Any]:
-        """``count`` prompts from ``first`` on, going round."""
-        rows = [list(self.prompts[(first + i) % len(self.prompts)]) for i in range(count)]
+        """The ``count`` prompts from ``first`` on."""
+        rows = [list(ids) for ids in self.prompts[first : first + count]]
         return {"prompts": rows, "eos_token_ids": list(self.eos_token_ids), "max_new_tokens": self.max_new_tokens}
 
 
@@ -87,8 +87,8 @@ class Peer:
         answer: dict[str, Any] = json.loads(line)
         return answer
 
-    def measure(self, workload: Workload, concurrency: int, repeat: int, *, count: bool) -> None:
-        answer = self.ask(workload.job(repeat * concurrency, concurrency))
+    def measure(self, workload: Workload, concurrency: int, *, first: int, count: bool) -> None:
+        answer = self.ask(workload.job(first, concurrency))
         if count:
             self.rates.setdefault(concurrency, []).append(answer["num_tokens"] / answer["seconds"])
             if "accepted_length" in answer:
@@ -164,16 +164,21 @@ def main(
     model = materialise(resolve_source(target))
     workload = load_workload(model, prompts, max_new_tokens)
     concurrencies = [int(c) for c in concurrency.split(",")]
+    wanted = (repeats + 1) * sum(concurrencies)
+    if wanted > len(workload.prompts):
+        raise typer.BadParameter(f"{prompts} has {len(workload.prompts)} prompts; these settings need {wanted}")
     setup = {"model": str(model), "dtype": dtype, "threads": threads}
     peers: list[Peer] = []
     try:
         for name in names:
             peers.append(Peer.start(name, setup, environments_dir))
             sys.stderr.write(f"{name} is ready\n")
+        first = 0  # no prompt comes twice: a drafter that remembers finished rows must not meet one again
         for repeat in range(-1, repeats):
             for count in concurrencies:
                 for peer in peers:
-                    peer.measure(workload, count, max(repeat, 0), count=repeat >= 0)
+                    peer.measure(workload, count, first=first, count=repeat >= 0)
+                first += count
             sys.stderr.write(f"repeat {repeat + 1} of {repeats}\n{table(peers, concurrencies)}\n")
     finally:
         for peer in peers:

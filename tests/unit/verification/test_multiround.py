@@ -1,7 +1,7 @@
 """The joint law of several tokens over several rounds: what one round alone cannot show.
 
-Vocabulary of 4, order-1 target and draft, block of 4. Half a million rows decode their first 4 tokens; the 256 outcomes are
-compared with the exact law. Key layouts and residuals known to be wrong must fail the same test.
+Vocabulary of 4, order-1 target and draft, block of 4. Half a million rows decode their first 4 tokens; the 256
+outcomes are compared with the exact law. Key layouts and residuals known to be wrong must fail the same test.
 """
 
 from __future__ import annotations
