@@ -1,0 +1,179 @@
+"""The whole training command on tiny targets: better drafts, the same loss curve after a kill, another night's job."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from dspark_batch.drafters.dspark.checkpoint import read_config
+from dspark_batch.errors import ConfigError, OutputError
+from dspark_batch.testing.tiny import save_tiny_checkpoint
+from dspark_batch.training.config import TrainConfig
+from dspark_batch.training.curve import CurvePoint, read_curve
+from dspark_batch.training.deadline import Deadline
+from dspark_batch.training.pipeline import run_training
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Any:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+NUM_TOKENS = 41
+
+
+def small_target(folder: Path) -> Path:
+    """A target that drafters can learn in seconds: mostly the last token decides, and its choice is clear."""
+    if not folder.is_dir():
+        special = {"bos_token_id": 0, "pad_token_id": 1, "eos_token_id": NUM_TOKENS - 1}
+        save_tiny_checkpoint(folder, tokenizer=False, vocab_size=NUM_TOKENS, **special)
+        weights = load_file(folder / "model.safetensors")
+        for name in weights:
+            if "o_proj" in name or "down_proj" in name:
+                weights[name] *= 0.05
+        weights["lm_head.weight"] *= 3.0
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def prompt_table(folder: Path, *, num_rows: int = 160) -> Path:
+    file = folder / "prompts.jsonl"
+    random = np.random.default_rng(0)
+    ids = random.integers(0, NUM_TOKENS - 1, (num_rows, 5)).tolist()
+    file.write_text("".join(json.dumps({"ids": row}) + "\n" for row in ids))
+    return file
+
+
+def training_values(folder: Path, **optimize: Any) -> dict[str, Any]:
+    """A training of seconds, over prompts of random tokens."""
+    prompts = {"input": {"path": str(prompt_table(folder))}, "prompt": {"token_ids": "ids"}}
+    return {
+        "model": {"target": str(small_target(folder / "target")), "dtype": "float32"},
+        "prompts": {"table": prompts},
+        "responses": {"max_new_tokens": 40, "temperatures": [0.0], "rows_per_part": 64},
+        "drafter": {"block_size": 4, "taps": [0, 1], "markov_rank": 32, "draft_vocab_size": NUM_TOKENS - 7},
+        "optimize": {
+            "num_steps": 200,
+            "anchors_per_step": 128,
+            "learning_rate": 1e-2,
+            "ce_weight": 1.0,
+            "distance_weight": 0.3,
+            "log_every": 5,
+            "save_every": 10,
+            **optimize,
+        },
+        "evaluate": {"temperatures": [0.0, 0.7], "max_new_tokens": 40, "num_heldout_prompts": 12},
+        "run": {"device": "cpu", "train_dtype": "float32", "max_concurrency": 64, "kv_cache_gib": 0.05},
+        "output": str(folder / "out"),
+    }
+
+
+def config(values: dict[str, Any]) -> TrainConfig:
+    return TrainConfig.model_validate(values)
+
+
+def card(folder: Path) -> dict[str, Any]:
+    loaded: dict[str, Any] = json.loads((folder / "drafter" / "card.json").read_text())
+    return loaded
+
+
+def greedy_length(folder: Path) -> float:
+    return next(a["accepted_length"] for a in card(folder)["acceptance"] if a["temperature"] == 0)
+
+
+def losses(points: list[CurvePoint]) -> list[tuple[int, float, float]]:
+    return [(p.step, p.loss, p.distance) for p in points]
+
+
+def test_training_raises_the_accepted_length_well_above_an_untrained_drafter(tmp_path: Path) -> None:
+    values = training_values(tmp_path)
+    untrained = {**values, "output": str(tmp_path / "untrained")}
+    untrained["optimize"] = {**values["optimize"], "num_steps": 1, "learning_rate": 1e-9}
+    assert run_training(config(values))
+    assert run_training(config(untrained))
+    before, after = greedy_length(tmp_path / "untrained"), greedy_length(tmp_path / "out")
+    assert before < 2.0
+    assert after > before + 1.0
+    made = card(tmp_path / "out")
+    assert made["num_steps"] == 200
+    assert made["data"]["draft_vocab_coverage"] > 0.8
+    assert made["calibration"]["temperatures"] == list(
+        read_config(tmp_path / "out" / "drafter").confidence_temperatures
+    )
+    assert made["positions_per_s"] > 0
+    page = (tmp_path / "out" / "drafter" / "CARD.md").read_text()
+    assert "Accepted length" in page
+    points = read_curve(tmp_path / "out" / "training" / "curve.jsonl")
+    assert points[-1].loss < 0.7 * points[0].loss
+
+
+def killed_run(values: dict[str, Any], folder: Path, *, after_step: int) -> None:
+    """Start the command, and kill it hard once the loss curve has passed ``after_step``."""
+    file = folder / "train.json"
+    file.write_text(json.dumps(values))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    arguments = [sys.executable, "-m", "dspark_batch.training.run", str(file), "--until", "train"]
+    process = subprocess.Popen(arguments, env=environment, stderr=subprocess.DEVNULL)
+    curve = Path(values["output"]) / "training" / "curve.jsonl"
+    try:
+        end = time.monotonic() + 90
+        while time.monotonic() < end and process.poll() is None:
+            points = read_curve(curve)
+            if points and points[-1].step >= after_step:
+                break
+            time.sleep(0.01)
+        assert process.poll() is None, "the training ended before it could be killed"
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+
+
+def test_a_killed_training_goes_on_with_the_same_loss_curve(tmp_path: Path) -> None:
+    values = training_values(tmp_path, num_steps=300, anchors_per_sequence=7)
+    killed_run(values, tmp_path, after_step=25)
+    stopped = read_curve(tmp_path / "out" / "training" / "curve.jsonl")
+    assert stopped[-1].step < 300
+    ticks = iter(range(10_000))
+    some_more = Deadline(end_s=8.0, clock=lambda: float(next(ticks)))
+    assert not run_training(config(values), deadline=some_more, last_stage="train")
+    resumed = read_curve(tmp_path / "out" / "training" / "curve.jsonl")
+    assert stopped[0].step <= 25 < resumed[-1].step < 300
+    # The same data, trained without a break as far as the broken run got.
+    whole = {**values, "output": str(tmp_path / "whole")}
+    for name in ("data.json", "prompts", "responses"):
+        (tmp_path / "whole").mkdir(exist_ok=True)
+        os.symlink(tmp_path / "out" / name, tmp_path / "whole" / name)
+    clock = iter(range(10_000))
+    limit = Deadline(end_s=float(len(resumed) - 1), clock=lambda: float(next(clock)))
+    run_training(config(whole), deadline=limit, last_stage="train")
+    expected = losses(read_curve(tmp_path / "whole" / "training" / "curve.jsonl"))
+    got = losses(resumed)
+    assert len(got) >= 8
+    assert [step for step, _, _ in got] == [step for step, _, _ in expected[: len(got)]]
+    for ours, theirs in zip(got, expected, strict=False):
+        assert ours == pytest.approx(theirs, rel=1e-4)
+
+
+def test_other_settings_never_go_on_from_a_saved_state_or_mix_their_data(tmp_path: Path) -> None:
+    values = training_values(tmp_path, num_steps=10)
+    assert run_training(config(values), last_stage="train")
+    other = {**values, "optimize": {**values["optimize"], "learning_rate": 1e-3}}
+    with pytest.raises(OutputError, match="other settings"):
+        run_training(config(other), last_stage="train")
+    mixed = {**values, "responses": {**values["responses"], "max_new_tokens": 9}}
+    with pytest.raises(ConfigError, match="choose another"):
+        run_training(config(mixed))
