@@ -126,6 +126,23 @@ def bench_lossless(context: typer.Context) -> None:
 
 
 @app.command()
+def train(
+    config: Annotated[Path, typer.Argument(help="YAML or JSON file of the training.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, such as optimize.seed=1.")
+    ] = None,
+    max_minutes: Annotated[
+        float | None, typer.Option("--max-minutes", min=0, help="Stop and save after this time; again to go on.")
+    ] = None,
+    until: Annotated[str, typer.Option(help="Last stage to do: prompts, responses, train or evaluate.")] = "evaluate",
+) -> None:
+    """Train a DSpark drafter for a target; the same command again resumes it."""
+    from dspark_batch.training.run import train as run_training
+
+    raise typer.Exit(run_training(str(config), overrides=overrides or [], max_minutes=max_minutes, until=until))
+
+
+@app.command()
 def version() -> None:
     """Print the version."""
     from dspark_batch import __version__

@@ -30,6 +30,7 @@ class SampledSource(Section):
     min_characters: int = Field(default=12, ge=1)
     openings: list[str] = Field(default_factory=lambda: [""], min_length=1, description="how user turns begin, in turn")
     seed: int = 1
+    samples_per_part: int = Field(default=4096, ge=1, description="a killed stage loses one part")
 
 
 class PromptsSection(Section):

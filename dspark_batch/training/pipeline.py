@@ -106,7 +106,7 @@ def _data_stages(config: TrainConfig, folders: Folders, wanted: Sequence[str], d
         return
     with open_generator(config.engine_config()) as generator:
         if prompts is None:
-            prompts = _all_prompts(config, generator)
+            prompts = _all_prompts(config, generator, folders.prompts, deadline)
             write_rows(part_file(folders.prompts, 0), prompts)
             num_answered = len(prompts) - len(_unanswered(prompts))
             say(f"{len(prompts)} distinct prompts, {num_answered} with the responses of a job")
@@ -121,7 +121,7 @@ def _data_stages(config: TrainConfig, folders: Folders, wanted: Sequence[str], d
             )
 
 
-def _all_prompts(config: TrainConfig, generator: Generator) -> list[TokenRow]:
+def _all_prompts(config: TrainConfig, generator: Generator, folder: Path, deadline: Deadline) -> list[TokenRow]:
     """Distinct prompts of all sources, numbered; those of a job come with their responses."""
     section, rows = config.prompts, []
     if section.job is not None:
@@ -129,7 +129,7 @@ def _all_prompts(config: TrainConfig, generator: Generator) -> list[TokenRow]:
     if section.table is not None:
         rows += table_prompts(section.table, generator.codec, name="table")
     if section.sampled is not None:
-        rows += sample_prompts(section.sampled, generator)
+        rows += sample_prompts(section.sampled, generator, folder=folder, deadline=deadline)
     distinct: dict[bytes, TokenRow] = {}
     for row in rows:
         key = row.token_ids.tobytes() if row.num_response_tokens else row.token_ids[: row.prompt_len].tobytes()

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from dspark_batch.core import FinishReason, Message, Request, Result, SamplingParams
 from dspark_batch.errors import ConfigError, InputError, Problem
 from dspark_batch.models.text import TextCodec
+from dspark_batch.provenance import atomic_write_text
 from dspark_batch.training.config import SampledSource, TableSource
+from dspark_batch.training.deadline import Deadline
 from dspark_batch.training.generation import Generator
 from dspark_batch.training.sequences import TokenRow, token_row
 
@@ -42,8 +46,10 @@ def user_turn(codec: TextCodec) -> UserTurn:
     return UserTurn(tuple(one[:before]), one[len(one) - after])
 
 
-def sampling_requests(section: SampledSource, turn: UserTurn, codec: TextCodec) -> Iterator[Request]:
-    """One request per sample, its opening after the template's tokens. The opening is part of the id."""
+def sampling_requests(
+    section: SampledSource, turn: UserTurn, codec: TextCodec, *, numbers: Iterable[int]
+) -> Iterator[Request]:
+    """One request per sample number, its opening after the template's tokens. The opening is part of the id."""
     openings = [codec.encode_plain(text) if text else [] for text in section.openings]
     sampling = SamplingParams(
         max_new_tokens=section.max_new_tokens,
@@ -52,14 +58,14 @@ def sampling_requests(section: SampledSource, turn: UserTurn, codec: TextCodec) 
         seed=section.seed,
         stop_token_ids=(turn.end,),
     )
-    for number in range(section.num_samples):
+    for number in numbers:
         opening = number % len(openings)
         token_ids = (*turn.before, *openings[opening])
         yield Request(id=f"{opening}:{number}", prompt_token_ids=token_ids, sampling=sampling)
 
 
-def sampled_texts(results: Iterable[Result], section: SampledSource, codec: TextCodec) -> list[str]:
-    """Distinct, finished user turns of some length, in the order of their samples."""
+def usable_texts(results: Iterable[Result], section: SampledSource, codec: TextCodec) -> list[str]:
+    """Finished user turns of some length, in the order of their samples."""
     texts: dict[int, str] = {}
     for result in results:
         if result.error is not None or result.finish_reason is not FinishReason.STOP:
@@ -68,20 +74,41 @@ def sampled_texts(results: Iterable[Result], section: SampledSource, codec: Text
         text = (section.openings[opening] + codec.decode(result.token_ids)).strip()
         if len(text) >= section.min_characters and _REPLACEMENT not in text:
             texts[number] = text
+    return [texts[number] for number in sorted(texts)]
+
+
+def distinct_texts(texts: Iterable[str]) -> list[str]:
+    """Without those that differ from an earlier one by case, spaces and punctuation only."""
     distinct: dict[str, str] = {}
-    for number in sorted(texts):
-        distinct.setdefault(_normalised(texts[number]), texts[number])
+    for text in texts:
+        distinct.setdefault(re.sub(r"\W+", " ", text).strip().lower(), text)
     return list(distinct.values())
 
 
-def sample_prompts(section: SampledSource, generator: Generator) -> list[TokenRow]:
-    """Prompts of the target's own, through its chat template, without responses. Raises ConfigError."""
+def sample_prompts(section: SampledSource, generator: Generator, *, folder: Path, deadline: Deadline) -> list[TokenRow]:
+    """Prompts of the target's own, through its chat template, without responses; saved part by part in ``folder``.
+
+    Raises:
+        ConfigError: the target has no tokenizer or no chat template to do this with.
+        TimeUpError: the deadline passed between two parts.
+    """
     codec = generator.codec
     if codec is None:
         raise ConfigError([Problem("prompts.sampled", "needs a target with a tokenizer; give prompts.table")])
-    requests = sampling_requests(section, user_turn(codec), codec)
-    texts = sampled_texts(generator.generate(requests), section, codec)
-    return [token_row(f"sampled-{i}", codec.encode_chat([Message("user", text)]), []) for i, text in enumerate(texts)]
+    turn = user_turn(codec)
+    texts: list[str] = []
+    for part, first in enumerate(range(0, section.num_samples, section.samples_per_part)):
+        file = folder / f"sampled-{part:05d}.json"
+        if not file.is_file():
+            deadline.check()
+            numbers = range(first, min(first + section.samples_per_part, section.num_samples))
+            results = generator.generate(sampling_requests(section, turn, codec, numbers=numbers))
+            atomic_write_text(file, json.dumps(usable_texts(results, section, codec)))
+        texts += json.loads(file.read_text(encoding="utf-8"))
+    return [
+        token_row(f"sampled-{i}", codec.encode_chat([Message("user", text)]), [])
+        for i, text in enumerate(distinct_texts(texts))
+    ]
 
 
 def table_prompts(source: TableSource, codec: TextCodec | None, *, name: str) -> list[TokenRow]:
@@ -171,7 +198,3 @@ def _tokens(request: Request, codec: TextCodec | None) -> Sequence[int]:
             [Problem("prompts.table", "has text, but the target has no tokenizer; give prompt.token_ids")]
         )
     return codec.encode(request.prompt) if request.prompt is not None else codec.encode_chat(request.messages or ())
-
-
-def _normalised(text: str) -> str:
-    return re.sub(r"\W+", " ", text).strip().lower()

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -142,7 +142,7 @@ class Trainer:
         parameters = list(self.student.parameters.values())
         window.norms.append(torch.nn.utils.clip_grad_norm_(parameters, self._config.clip_norm).detach())
         self._optimizer.step()
-        window.losses.append(loss)
+        window.losses.append(replace(loss, total=loss.total.detach()))
         window.num_positions += batch.num_positions
         window.flops += self._flops(
             batch, num_tokens=taught.num_computed_tokens - tokens, num_outputs=taught.num_computed_outputs - outputs
