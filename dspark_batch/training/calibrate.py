@@ -95,8 +95,8 @@ def calibrate(rounds: Sequence[DraftedRound], *, num_slots: int) -> CalibrationR
 
 def survival_of(data: Observed, temperatures: Sequence[float]) -> Floats:
     """[N, K], running products of the scaled confidences."""
-    products: Floats = np.cumprod(_sigmoid(data.logits / np.asarray(temperatures)), axis=1)
-    return products
+    chances = _sigmoid(data.logits / np.asarray(temperatures))
+    return np.asarray(chances.cumprod(axis=1), dtype=np.float64)
 
 
 def ece(chances: Floats, happened: NDArray[np.bool_], *, num_bins: int = NUM_BINS) -> float:
