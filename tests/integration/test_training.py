@@ -119,6 +119,11 @@ def test_training_raises_the_accepted_length_well_above_an_untrained_drafter(tmp
     assert "Accepted length" in page
     points = read_curve(tmp_path / "out" / "training" / "curve.jsonl")
     assert points[-1].loss < 0.7 * points[0].loss
+    # The next training may go on from this drafter.
+    again = {**values, "start_from": str(tmp_path / "out" / "drafter"), "output": str(tmp_path / "again")}
+    again["optimize"] = {**values["optimize"], "num_steps": 5, "learning_rate": 1e-4}
+    assert run_training(config(again), last_stage="train")
+    assert read_curve(tmp_path / "again" / "training" / "curve.jsonl")[0].loss < 1.1 * points[-1].loss
 
 
 def killed_run(values: dict[str, Any], folder: Path, *, after_step: int) -> None:
