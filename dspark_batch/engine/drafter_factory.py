@@ -6,6 +6,7 @@ from importlib import import_module
 from typing import Any, cast
 
 from dspark_batch.drafters.base import Drafter
+from dspark_batch.drafters.dspark.embedded import embedded_drafter
 from dspark_batch.drafters.ngram import DEFAULT_DRAFT_TOKENS, NgramDrafter
 from dspark_batch.drafters.none import NoDrafter
 from dspark_batch.engine.config import DrafterName, EngineConfig
@@ -16,7 +17,8 @@ from dspark_batch.verification.base import Verifier
 from dspark_batch.verification.coupled import CoupledVerifier
 
 AUTO_DRAFTER: DrafterName = "suffix"
-"""Needs no checkpoint, and finds what ngram finds in the row itself and more in the rows before it."""
+"""Where no drafter ships for the target: needs no checkpoint, and finds what ngram finds in the row itself and more in
+the rows before it."""
 
 _DRAFTERS = {
     "suffix": ("dspark_batch.drafters.suffix", "SuffixDrafter"),
@@ -37,31 +39,33 @@ def make_drafter(config: EngineConfig, target: Target, *, target_fingerprint: st
         ModelError: the drafter's checkpoint cannot be used with this target.
     """
     name = "none" if config.schedule == "off" else config.drafter
+    path = config.drafter_path
+    if path is None and name in ("auto", "dspark"):
+        path = embedded_drafter(target_fingerprint)
     if name == "auto":
-        name = AUTO_DRAFTER
+        name = AUTO_DRAFTER if path is None else "dspark"
     if name == "none":
         return NoDrafter()
     if name == "ngram":
         return NgramDrafter(max_draft_tokens=config.max_draft_tokens or DEFAULT_DRAFT_TOKENS)
-    if name in ("draft_model", "dspark") and config.drafter_path is None:
+    if name in ("draft_model", "dspark") and path is None:
         raise ConfigError([Problem("engine.drafter_path", f"is not set, and drafter {name!r} needs a checkpoint")])
     if name == "dspark":
-        return _dspark(config, target, target_fingerprint)
+        return _dspark(str(path), target, target_fingerprint, shared_noise=config.verification == "coupled")
     found = _load(*_DRAFTERS[name], field="engine.drafter", value=name)
     return cast(Drafter, found.from_config(config, target, target_fingerprint=target_fingerprint))
 
 
-def _dspark(config: EngineConfig, target: Target, target_fingerprint: str) -> Drafter:
+def _dspark(path: str, target: Target, target_fingerprint: str, *, shared_noise: bool) -> Drafter:
     """The drafter shares the target's embedding and head, so only a loaded model can have one."""
     from dspark_batch.drafters.dspark.drafter import DSparkDrafter
     from dspark_batch.models.draft_parts import RunnerParts
     from dspark_batch.models.runner import TargetRunner
 
-    assert config.drafter_path is not None, "checked by the caller"
     if not isinstance(target, TargetRunner):
         raise ConfigError([Problem("engine.drafter", f"'dspark' cannot draft for a {type(target).__name__}")])
     parts = RunnerParts(target, fingerprint=target_fingerprint)
-    return DSparkDrafter.load(config.drafter_path, parts, shared_noise=config.verification == "coupled")
+    return DSparkDrafter.load(path, parts, shared_noise=shared_noise)
 
 
 def make_verifier(config: EngineConfig) -> Verifier:

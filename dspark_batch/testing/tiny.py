@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+
+if TYPE_CHECKING:
+    from dspark_batch.models.loader import LoadedTarget
 
 _BASE: dict[str, Any] = {
     "vocab_size": 272,
@@ -27,6 +30,7 @@ _FAMILY: dict[str, dict[str, Any]] = {
     "qwen2": {},
     "qwen3": {"head_dim": 12},
 }
+_KV_CACHE_GIB = 0.002
 _SPECIAL_TOKENS = ("<|start|>", "<|end|>", "<|pad|>")
 _CHAT_TEMPLATE = (
     "{% for message in messages %}<|start|>{{ message.role }}\n{{ message.content }}<|end|>\n{% endfor %}"
@@ -69,6 +73,15 @@ def edit_config(folder: Path, **fields: Any) -> None:
     config = json.loads(file.read_text())
     config.update(fields)
     file.write_text(json.dumps({name: value for name, value in config.items() if value is not ...}))
+
+
+def load_tiny(folder: Path, *, attention: str | None = None, dtype: Any = "float32") -> LoadedTarget:
+    """The checkpoint on the CPU with room for a few hundred tokens of KV."""
+    from dspark_batch.engine.config import EngineConfig
+    from dspark_batch.models.loader import load_target
+
+    config = EngineConfig(target=str(folder), dtype=dtype, device="cpu", kv_cache_gib=_KV_CACHE_GIB)
+    return load_target(config, attention=attention)
 
 
 def _byte_tokenizer() -> Any:

@@ -228,3 +228,16 @@ def test_a_drafter_of_another_target_is_refused_when_the_engine_is_built(target:
     config = engine_config(drafter="dspark", drafter_path=str(folder))
     with pytest.raises(ModelError, match=r"target_fingerprint is of-another.*tapped layers \[2\]"):
         BatchEngine(target, config)
+
+
+def test_auto_takes_the_drafter_that_ships_for_the_target_and_suffix_for_others(
+    target: LoadedTarget, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = save_deepspec_drafter(tmp_path, drafter_weights(target_fingerprint=target.fingerprint))
+    shipped = {target.fingerprint: folder}
+    monkeypatch.setattr("dspark_batch.engine.drafter_factory.embedded_drafter", shipped.get)
+    for drafter in ("auto", "dspark"):
+        made = make_drafter(engine_config(drafter=drafter), target.target, target_fingerprint=target.fingerprint)
+        assert made.name == "dspark"
+    other = make_drafter(engine_config(drafter="auto"), target.target, target_fingerprint="another")
+    assert other.name == "suffix"

@@ -1,101 +1,22 @@
-"""A small table as input, and Delta and Iceberg tables as outputs, read back through the table formats alone."""
+"""Fixtures of the table formats."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
-from dspark_batch.job.config import JobConfig
-
-NUM_ROWS = 41
-
-
-def rows_of(start: int, stop: int) -> pa.Table:
-    numbers = range(start, stop)
-    return pa.table({"id": [f"r{n}" for n in numbers], "text": [f"text {n}" for n in numbers], "n": list(numbers)})
-
-
-def catalog_of(folder: Path) -> dict[str, str]:
-    return {"name": "local", "type": "sql", "uri": f"sqlite:///{folder}/catalog.db", "warehouse": f"file://{folder}/w"}
-
-
-class Table:
-    """An output: its config, and its rows as a reader of the table sees them."""
-
-    def __init__(self, folder: Path, format: str) -> None:
-        self.folder = folder
-        self.format = format
-        folder.mkdir(parents=True, exist_ok=True)
-
-    def write_input(self, name: str, table: pa.Table) -> None:
-        (self.folder / "in").mkdir(exist_ok=True)
-        pq.write_table(table, self.folder / "in" / name, row_group_size=9)
-
-    def config(self, **sections: Any) -> JobConfig:
-        output: dict[str, Any] = {"path": str(self.folder / "out"), "format": self.format, "column": "answer"}
-        if self.format == "iceberg":
-            output |= {"table": "nightly.answers", "catalog": catalog_of(self.folder)}
-        values: dict[str, Any] = {
-            "input": {"path": str(self.folder / "in"), "id": "id"},
-            "prompt": {"template": "Say {{ text }}"},
-            "sampling": {"temperature": 0.5},
-            "output": output,
-            "shards": {"rows": 9},
-            "engine": {"backend": "local"},
-        }
-        for name, section in sections.items():
-            values[name] = {**values.get(name, {}), **section}
-        return JobConfig.model_validate(values)
-
-    def read(self) -> list[dict[str, Any]]:
-        """All rows in the order of ``n``; none where there is no table yet."""
-        found = self._delta() if self.format == "delta" else self._iceberg()
-        return [] if found is None else sorted(found.to_pylist(), key=lambda row: row["n"])
-
-    def num_versions(self) -> int:
-        """Transactions that added or removed rows."""
-        if self.format == "delta":
-            from deltalake import DeltaTable
-
-            return DeltaTable(self.folder / "out").version()
-        return len(self._table().metadata.snapshots)
-
-    def _delta(self) -> pa.Table | None:
-        from deltalake import DeltaTable
-
-        if not DeltaTable.is_deltatable(str(self.folder / "out")):
-            return None
-        table = DeltaTable(self.folder / "out")
-        files = table.file_uris()
-        return pa.concat_tables([pq.read_table(file) for file in files]) if files else None
-
-    def _iceberg(self) -> pa.Table | None:
-        table = self._table()
-        return None if table is None else table.scan().to_arrow()
-
-    def _table(self) -> Any:
-        from pyiceberg.catalog import load_catalog
-        from pyiceberg.exceptions import NoSuchTableError
-
-        (self.folder / "w").mkdir(exist_ok=True)
-        try:
-            return load_catalog(**catalog_of(self.folder)).load_table("nightly.answers")
-        except NoSuchTableError:
-            return None
+from dspark_batch.testing.table_outputs import NUM_ROWS, TableOutput, rows_of
 
 
 @pytest.fixture(params=["delta", "iceberg"])
-def make_table(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[str], Table]:
+def make_table(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[str], TableOutput]:
     """A fresh output of each format, over one file of rows."""
     pytest.importorskip("deltalake" if request.param == "delta" else "pyiceberg")
 
-    def make(name: str = "job") -> Table:
-        table = Table(tmp_path / name, request.param)
+    def make(name: str = "job") -> TableOutput:
+        table = TableOutput(tmp_path / name, request.param)
         (table.folder / "w").mkdir()
         table.write_input("a.parquet", rows_of(0, NUM_ROWS))
         return table

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import pytest
-from conftest import NUM_ROWS, Table
 
 from dspark_batch.batch import delta, iceberg
 from dspark_batch.errors import TransientStorageError
 from dspark_batch.testing.pipeline import start_run
+from dspark_batch.testing.table_outputs import NUM_ROWS, TableOutput, rows_of
 
 NUMBERS = list(range(NUM_ROWS))
 
 
-def append_as_others(table: Table) -> None:
+def append_as_others(table: TableOutput) -> None:
     """Another writer appends the rows that the table has by now once more, in a transaction of its own."""
     config = table.config()
     if table.format == "delta":
@@ -25,7 +25,7 @@ def append_as_others(table: Table) -> None:
     loaded.append(loaded.scan().to_arrow().slice(0, 2))
 
 
-def conflict_error(table: Table) -> Exception:
+def conflict_error(table: TableOutput) -> Exception:
     if table.format == "delta":
         from deltalake.exceptions import CommitFailedError
 
@@ -35,7 +35,7 @@ def conflict_error(table: Table) -> Exception:
     return CommitFailedException("another writer was faster")
 
 
-def patch_commit(table: Table, monkeypatch: pytest.MonkeyPatch, *, before=None, after=None) -> list[int]:
+def patch_commit(table: TableOutput, monkeypatch: pytest.MonkeyPatch, *, before=None, after=None) -> list[int]:
     """Call ``before`` and ``after`` around each commit to the table, with the number of the commit."""
     module = delta if table.format == "delta" else iceberg
     real = module._commit
@@ -53,7 +53,7 @@ def patch_commit(table: Table, monkeypatch: pytest.MonkeyPatch, *, before=None, 
     return calls
 
 
-def numbers(table: Table) -> list[int]:
+def numbers(table: TableOutput) -> list[int]:
     return sorted(row["n"] for row in table.read())
 
 
@@ -102,8 +102,6 @@ def test_rows_that_others_append_in_between_stay_beside_ours(make_table, monkeyp
     table = make_table()
     config = table.config(input={"incremental": "files"})
     start_run(config)
-    from conftest import rows_of
-
     table.write_input("b.parquet", rows_of(NUM_ROWS, 50))
     patch_commit(table, monkeypatch, before=lambda _: append_as_others(table))
     start_run(config)

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import pytest
-from conftest import NUM_ROWS, Table, rows_of
 
 from dspark_batch.core import ErrorCode
 from dspark_batch.errors import ConfigError, OutputError
 from dspark_batch.testing.faulty_store import FaultyStore, SimulatedCrashError
 from dspark_batch.testing.pipeline import start_run
 from dspark_batch.testing.scripted_engine import ScriptedEngine
+from dspark_batch.testing.table_outputs import NUM_ROWS, TableOutput, rows_of
 
 NUMBERS = list(range(NUM_ROWS))
 
 
-def numbers(table: Table) -> list[int]:
+def numbers(table: TableOutput) -> list[int]:
     return [row["n"] for row in table.read()]
 
 
@@ -69,7 +69,7 @@ def test_rows_that_are_generated_again_replace_the_published_ones(make_table):
     assert all(row["error"] is None for row in table.read())
 
 
-def retry_failed(table: Table) -> None:
+def retry_failed(table: TableOutput) -> None:
     from dspark_batch.batch.commit import RunStore
     from dspark_batch.batch.executor import ShardExecutor, WorkerSpec
     from dspark_batch.batch.finish import finish_run

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
-from conftest import catalog_of, rows_of
 
 from dspark_batch.batch.commit import read_output
 from dspark_batch.errors import InputError
 from dspark_batch.job.config import JobConfig
 from dspark_batch.testing.faulty_store import FaultyStore, SimulatedCrashError
 from dspark_batch.testing.pipeline import start_run
+from dspark_batch.testing.table_outputs import catalog_of, rows_of
 
 
 class Source:

@@ -9,11 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from dspark_batch.engine.config import EngineConfig
-from dspark_batch.models.loader import LoadedTarget, load_target
 from dspark_batch.testing.tiny import save_tiny_checkpoint
-
-_KV_CACHE_GIB = 0.002
 
 
 @pytest.fixture(autouse=True)
@@ -45,8 +41,3 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         return made[key]
 
     return make
-
-
-def load_tiny(folder: Path, *, attention: str | None = None, dtype: Any = "float32") -> LoadedTarget:
-    config = EngineConfig(target=str(folder), dtype=dtype, device="cpu", kv_cache_gib=_KV_CACHE_GIB)
-    return load_target(config, attention=attention)

@@ -8,14 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import load_tiny
 from transformers import AutoModelForCausalLM
 
 from dspark_batch.models.decoder import Decoder
 from dspark_batch.models.kernels.library import load_kernels
 from dspark_batch.models.native import NativeDecoder
 from dspark_batch.testing.flat import FlatDriver
-from dspark_batch.testing.tiny import edit_config, save_tiny_checkpoint
+from dspark_batch.testing.tiny import edit_config, load_tiny, save_tiny_checkpoint
 
 TOLERANCE = 1e-4
 LENGTHS = (1, 7, 23, 41, 64)

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import load_tiny
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -17,7 +16,7 @@ from dspark_batch.errors import ModelError
 from dspark_batch.models.loader import load_target, resolve_device, resolve_dtype
 from dspark_batch.models.weights import expected_shapes
 from dspark_batch.testing.flat import FlatDriver
-from dspark_batch.testing.tiny import edit_config, save_tiny_checkpoint
+from dspark_batch.testing.tiny import edit_config, load_tiny, save_tiny_checkpoint
 
 CPU = torch.device("cpu")
 
