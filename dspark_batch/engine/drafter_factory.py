@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib import import_module
+from pathlib import Path
 from typing import Any, cast
 
 from dspark_batch.drafters.base import Drafter
@@ -39,7 +40,7 @@ def make_drafter(config: EngineConfig, target: Target, *, target_fingerprint: st
         ModelError: the drafter's checkpoint cannot be used with this target.
     """
     name = "none" if config.schedule == "off" else config.drafter
-    path = config.drafter_path
+    path = Path(config.drafter_path) if config.drafter_path else None
     if path is None and name in ("auto", "dspark"):
         path = embedded_drafter(target_fingerprint)
     if name == "auto":
@@ -51,12 +52,12 @@ def make_drafter(config: EngineConfig, target: Target, *, target_fingerprint: st
     if name in ("draft_model", "dspark") and path is None:
         raise ConfigError([Problem("engine.drafter_path", f"is not set, and drafter {name!r} needs a checkpoint")])
     if name == "dspark":
-        return _dspark(str(path), target, target_fingerprint, shared_noise=config.verification == "coupled")
+        return _dspark(path, target, target_fingerprint, shared_noise=config.verification == "coupled")
     found = _load(*_DRAFTERS[name], field="engine.drafter", value=name)
     return cast(Drafter, found.from_config(config, target, target_fingerprint=target_fingerprint))
 
 
-def _dspark(path: str, target: Target, target_fingerprint: str, *, shared_noise: bool) -> Drafter:
+def _dspark(path: Path | None, target: Target, target_fingerprint: str, *, shared_noise: bool) -> Drafter:
     """The drafter shares the target's embedding and head, so only a loaded model can have one."""
     from dspark_batch.drafters.dspark.drafter import DSparkDrafter
     from dspark_batch.models.draft_parts import RunnerParts
@@ -64,8 +65,9 @@ def _dspark(path: str, target: Target, target_fingerprint: str, *, shared_noise:
 
     if not isinstance(target, TargetRunner):
         raise ConfigError([Problem("engine.drafter", f"'dspark' cannot draft for a {type(target).__name__}")])
+    assert path is not None, "checked by the caller"
     parts = RunnerParts(target, fingerprint=target_fingerprint)
-    return DSparkDrafter.load(path, parts, shared_noise=shared_noise)
+    return DSparkDrafter.load(str(path), parts, shared_noise=shared_noise)
 
 
 def make_verifier(config: EngineConfig) -> Verifier:
