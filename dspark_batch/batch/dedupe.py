@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from dspark_batch.core import Request, Result, SamplingParams
 
@@ -12,7 +13,7 @@ PromptKey = tuple[object, ...]
 @dataclass(slots=True)
 class _Computation:
     owner: str
-    waiting: list[tuple[str, int, str]] = field(default_factory=list)
+    waiting: list[tuple[str, int, str]] | None = None
     results: tuple[Result, ...] | None = None
 
 
@@ -46,15 +47,12 @@ class Deduper:
             self._last = (sampling, self._numbers.setdefault(sampling, len(self._numbers)))
         return self._last[1]
 
-    def claim(self, request: Request, *, shard: str, row: int) -> tuple[Result, ...] | bool:
-        """Ask for a request's results.
+    def claim(self, key: PromptKey, *, shard: str, row: int, row_id: str) -> tuple[Result, ...] | bool:
+        """Ask for the results of a prompt by its ``key``.
 
         True: nobody has them, compute them and call ``finish``. False: they are being computed; ``finish`` will name
-        this place. Else the results, under this request's id.
+        this place. Else the results, under this row's id.
         """
-        key = self.key(request)
-        if key is None:
-            return True
         known = self._computations.get(key)
         if known is None:
             self._computations[key] = _Computation(owner=shard)
@@ -62,18 +60,19 @@ class Deduper:
             return True
         self.num_copied_rows += 1
         if known.results is None:
-            known.waiting.append((shard, row, request.id))
+            if known.waiting is None:
+                known.waiting = []
+            known.waiting.append((shard, row, row_id))
             return False
-        return _renamed(known.results, request.id)
+        return _renamed(known.results, row_id)
 
-    def finish(self, request: Request, results: tuple[Result, ...]) -> list[tuple[str, int, tuple[Result, ...]]]:
-        """Give in the results of a claimed request; (shard, row, results) of every place that waited for them."""
-        key = self.key(request)
-        known = None if key is None else self._computations.get(key)
-        if known is None:
-            return []
+    def finish(self, key: PromptKey, results: tuple[Result, ...]) -> Sequence[tuple[str, int, tuple[Result, ...]]]:
+        """Give in the results of a claimed prompt; (shard, row, results) of every place that waited for them."""
+        known = self._computations[key]
         known.results = results
-        waiting, known.waiting = known.waiting, []
+        waiting, known.waiting = known.waiting, None
+        if waiting is None:
+            return ()
         return [(shard, row, _renamed(results, row_id)) for shard, row, row_id in waiting]
 
     def forget(self, shard: str) -> None:

@@ -31,12 +31,23 @@ class UnreadableValue:
     error: RowError
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Texts:
+    """A table of text: its columns, and the rendered templates of every row."""
+
+    columns: dict[str, list[str | None]]
+    users: list[str]
+    systems: list[str] | None
+
+
 class PromptRenderer:
     """Makes the request of every row: chat messages, raw text or ready-made token ids.
 
     With ``chat`` auto or always and a checkpoint that has a chat template, the system text and the rendered template
     become a system and a user message. Else the prompt is raw text: the system text, an empty line, the template.
     Templates see the row's columns as variables and nothing else; arithmetic, ``range`` and the length are bounded.
+    Tables of text under templates that only insert columns are rendered column by column; ``use_fast_path=False``
+    renders them row by row as well, for comparison.
 
     Raises:
         ConfigError: a template does not parse or names a column that the input lacks, the token id column is missing
@@ -44,7 +55,13 @@ class PromptRenderer:
     """
 
     def __init__(
-        self, section: PromptSection, *, sampling: SamplingParams, input_schema: pa.Schema, has_chat_template: bool
+        self,
+        section: PromptSection,
+        *,
+        sampling: SamplingParams,
+        input_schema: pa.Schema,
+        has_chat_template: bool,
+        use_fast_path: bool = True,
     ) -> None:
         problems = check_prompt(section, input_schema=input_schema)
         if section.chat == "always" and not has_chat_template and section.token_ids is None:
@@ -54,6 +71,7 @@ class PromptRenderer:
         if problems:
             raise ConfigError(problems)
         self._sampling = sampling
+        self._use_fast_path = use_fast_path
         self._token_ids = section.token_ids
         self._template = None if section.template is None else CompiledTemplate(section.template)
         self._system = None if section.system is None else CompiledTemplate(section.system)
@@ -62,11 +80,52 @@ class PromptRenderer:
 
     def render_table(self, table: pa.Table, *, ids: tuple[str, ...]) -> Iterator[_Outcome]:
         """The request, or the reason why there is none, of every row in order. Never raises for a row."""
+        texts = self._texts(table) if self._use_fast_path else None
+        if texts is None:
+            return self._render_rows(table, ids=ids)
+        return self._render_texts(texts, ids=ids)
+
+    def _render_rows(self, table: pa.Table, *, ids: tuple[str, ...]) -> Iterator[_Outcome]:
         used = [_python_values(table.column(name)) for name in self.columns]
         names = self.columns
         rows = zip(*used, strict=True) if used else repeat(())
         for row_id, values in zip(ids, rows, strict=False):
             yield self.render(dict(zip(names, values, strict=True)), row_id=row_id)
+
+    def _texts(self, table: pa.Table) -> _Texts | None:
+        """Columns and prompts of a table in which all that the templates need is text; None where it is not."""
+        if self._template is None or not all(_is_text(table.schema.field(name).type) for name in self.columns):
+            return None
+        try:
+            columns = {name: table.column(name).to_pylist() for name in self.columns}
+        except (UnicodeDecodeError, pa.ArrowException):
+            return None
+        users = self._template.join_texts(columns, num_rows=table.num_rows)
+        systems = None
+        if self._system is not None:
+            systems = self._system.join_texts(columns, num_rows=table.num_rows)
+        if users is None or (systems is None and self._system is not None):
+            return None
+        return _Texts(columns=columns, users=users, systems=systems)
+
+    def _render_texts(self, texts: _Texts, *, ids: tuple[str, ...]) -> Iterator[_Outcome]:
+        """What ``_render_rows`` gives, without looking at every row's columns again."""
+        assert self._template is not None
+        inserted = [texts.columns[name] for name in self._template.columns]
+        has_null_rows = bool(inserted) and all(None in values for values in inserted)
+        system, turns = "", tuple[Message, ...]()
+        for row, (row_id, user) in enumerate(zip(ids, texts.users, strict=True)):
+            if not user or (has_null_rows and all(values[row] is None for values in inserted)):
+                yield self.render({name: values[row] for name, values in texts.columns.items()}, row_id=row_id)
+                continue
+            if texts.systems is not None and texts.systems[row] != system:
+                system = texts.systems[row]
+                turns = (Message("system", system),) if system else ()
+            if self._as_chat:
+                yield Request(id=row_id, messages=(*turns, Message("user", user)), sampling=self._sampling)
+            else:
+                text = f"{system}{SYSTEM_SEPARATOR}{user}" if system else user
+                yield Request(id=row_id, prompt=text, sampling=self._sampling)
 
     def render(self, row: Mapping[str, object], *, row_id: str) -> _Outcome:
         """The request of one row (column name to Python value; only ``columns`` are looked at)."""
@@ -153,6 +212,10 @@ def _check_token_ids(name: str, *, schema: pa.Schema) -> list[Problem]:
     if is_list and (pa.types.is_integer(kind.value_type) or pa.types.is_null(kind.value_type)):
         return []
     return [Problem("prompt.token_ids", f"column {name!r} has type {kind}; it must be a list of integers")]
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
 
 
 def _rendered(template: CompiledTemplate, row: Mapping[str, object], *, field: str) -> str | RowError:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from dspark_batch.batch.rows import ShardInput
 from dspark_batch.batch.schema import RowSchema, result_columns
@@ -56,22 +57,32 @@ def assemble(
     flat = [result for row in rows for result in row]
     columns: list[Any] = [*carried.columns, *result_columns(flat, schema=schema)]
     table = pa.Table.from_arrays(columns, schema=schema.output)
-    return ShardResult(key=shard.key, table=table, stats=_stats(rows, flat=flat, num_copied_rows=num_copied_rows))
+    stats = table_stats(table, num_samples=num_samples, num_copied_rows=num_copied_rows)
+    return ShardResult(key=shard.key, table=table, stats=stats)
 
 
-def _stats(rows: Sequence[tuple[Result, ...]], *, flat: Sequence[Result], num_copied_rows: int) -> ShardStats:
-    errors = [[result.error for result in row if result.error is not None] for row in rows]
-    failed = [row for row in errors if row]
+def table_stats(table: pa.Table, *, num_samples: int, num_copied_rows: int) -> ShardStats:
+    """The totals of a finished table of ``num_samples`` rows per input row, from its columns."""
+    errors = table.column("error")
+    failed: dict[int, list[dict[str, Any]]] = {}
+    if errors.null_count < table.num_rows:
+        places = np.flatnonzero(np.asarray(errors.is_valid()))
+        for place, error in zip(places.tolist(), errors.take(pa.array(places)).to_pylist(), strict=True):
+            failed.setdefault(place // num_samples, []).append(error)
+
+    def total(name: str) -> int:
+        return pc.sum(table.column(name)).as_py() or 0
+
     return ShardStats(
-        num_rows=len(rows),
-        num_output_rows=len(flat),
+        num_rows=table.num_rows // num_samples,
+        num_output_rows=table.num_rows,
         num_failed_rows=len(failed),
-        num_retryable_rows=sum(any(error.retryable for error in row) for row in failed),
+        num_retryable_rows=sum(any(error["retryable"] for error in row) for row in failed.values()),
         num_copied_rows=num_copied_rows,
-        num_prompt_tokens=sum(result.num_prompt_tokens for result in flat),
-        num_generated_tokens=sum(result.num_generated_tokens for result in flat),
-        num_rounds=sum(result.num_rounds for result in flat),
-        num_drafted_tokens=sum(result.num_drafted_tokens for result in flat),
-        num_accepted_tokens=sum(result.num_accepted_tokens for result in flat),
-        num_failed_by_code=dict(sorted(Counter(row[0].code.value for row in failed).items())),
+        num_prompt_tokens=total("num_prompt_tokens"),
+        num_generated_tokens=total("num_generated_tokens"),
+        num_rounds=total("num_rounds"),
+        num_drafted_tokens=total("num_drafted_tokens"),
+        num_accepted_tokens=total("num_accepted_tokens"),
+        num_failed_by_code=dict(sorted(Counter(row[0]["code"] for row in failed.values()).items())),
     )

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections import Counter
-
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from dspark_batch.batch.commit import RunStore
 from dspark_batch.batch.manifest import ManifestEntry
-from dspark_batch.batch.results import ShardResult, ShardStats
+from dspark_batch.batch.results import ShardResult, table_stats
 from dspark_batch.batch.rows import ShardInput
 from dspark_batch.errors import OutputError
 
@@ -52,31 +50,4 @@ def merge(
         key=entry.shard,
         table=table.combine_chunks(),
         stats=table_stats(table, num_samples=num_samples, num_copied_rows=num_copied_rows),
-    )
-
-
-def table_stats(table: pa.Table, *, num_samples: int, num_copied_rows: int) -> ShardStats:
-    """The totals of a finished table, from its columns."""
-    errors = table.column("error").to_pylist()
-    by_row = [
-        [error for error in errors[start : start + num_samples] if error is not None]
-        for start in range(0, len(errors), num_samples)
-    ]
-    failed = [row for row in by_row if row]
-
-    def total(name: str) -> int:
-        return pc.sum(table.column(name)).as_py() or 0
-
-    return ShardStats(
-        num_rows=len(by_row),
-        num_output_rows=len(errors),
-        num_failed_rows=len(failed),
-        num_retryable_rows=sum(any(error["retryable"] for error in row) for row in failed),
-        num_copied_rows=num_copied_rows,
-        num_prompt_tokens=total("num_prompt_tokens"),
-        num_generated_tokens=total("num_generated_tokens"),
-        num_rounds=total("num_rounds"),
-        num_drafted_tokens=total("num_drafted_tokens"),
-        num_accepted_tokens=total("num_accepted_tokens"),
-        num_failed_by_code=dict(sorted(Counter(row[0]["code"] for row in failed).items())),
     )

@@ -44,14 +44,15 @@ def row_ids(table: pa.Table, *, id_column: str | None, relative_file: str, row_i
     ``<relative file>#<row index in the file>``. Rows with equal ids are allowed: they share their random draws, so
     equal prompts under one id give equal samples.
     """
-    places = tuple(f"{relative_file}#{index}" for index in row_index)
     if id_column is None:
-        return places
+        return tuple([f"{relative_file}#{index}" for index in row_index])
     column = table.column(id_column)
     if pa.types.is_dictionary(column.type):
         column = column.cast(column.type.value_type)
     texts = text_values(column.cast(pa.large_string()))
-    return tuple(place if text is None else text for place, text in zip(places, texts, strict=True))
+    return tuple(
+        [f"{relative_file}#{index}" if text is None else text for index, text in zip(row_index, texts, strict=True)]
+    )
 
 
 def text_values(column: pa.ChunkedArray[Any]) -> list[str | None]:

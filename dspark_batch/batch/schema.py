@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 import pyarrow as pa
@@ -84,9 +85,8 @@ def missing_columns(field: str, names: Sequence[str], *, schema: pa.Schema) -> l
 
 def result_columns(results: Sequence[Result], *, schema: RowSchema) -> list[pa.Array[Any]]:
     """The added columns of the given samples, in the order of ``schema.added``; one row per result."""
-    return [
-        pa.array(_values(field.name, results, generated=schema.generated), type=field.type) for field in schema.added
-    ]
+    has_errors = any(result.error is not None for result in results)
+    return [_column(field, results, generated=schema.generated, has_errors=has_errors) for field in schema.added]
 
 
 def _added_fields(config: JobConfig) -> list[pa.Field[Any]]:
@@ -125,20 +125,25 @@ def _collisions(config: JobConfig, *, carried: Sequence[str], added: Sequence[pa
     return problems
 
 
-def _values(name: str, results: Sequence[Result], *, generated: str) -> list[object]:
-    if name == generated:
-        return [None if result.error is not None else result.text for result in results]
+def _column(field: pa.Field[Any], results: Sequence[Result], *, generated: str, has_errors: bool) -> pa.Array[Any]:
+    """One added column. Every row passes here several times, so plain attributes are taken without a Python frame."""
+    name = field.name
+    if name == generated or name == "token_ids":
+        take = attrgetter("text" if name == generated else name)
+        if not has_errors:
+            return pa.array(list(map(take, results)), type=field.type)
+        return pa.array([None if result.error is not None else take(result) for result in results], type=field.type)
     match name:
-        case "token_ids":
-            return [None if result.error is not None else result.token_ids for result in results]
         case "finish_reason":
-            return [result.finish_reason.value for result in results]
+            return pa.array(list(map(attrgetter("finish_reason._value_"), results)), type=field.type)
         case "logprobs":
-            return [_logprobs(result) for result in results]
+            return pa.array([_logprobs(result) for result in results], type=field.type)
         case "error":
-            return [_error(result) for result in results]
+            if not has_errors:
+                return pa.nulls(len(results), type=field.type)
+            return pa.array([_error(result) for result in results], type=field.type)
         case _:
-            return [getattr(result, name) for result in results]
+            return pa.array(list(map(attrgetter(name), results)), type=field.type)
 
 
 def _logprobs(result: Result) -> list[dict[str, object]] | None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import repeat
 from typing import Any
 
 import jinja2
@@ -64,6 +65,19 @@ class CompiledTemplate:
         text = "".join([part if name is None else str(row[name]) for name, part in pieces])
         return text if len(text) <= MAX_PROMPT_CHARS else _bounded(text)
 
+    def join_texts(self, columns: Mapping[str, Sequence[str | None]], *, num_rows: int) -> list[str] | None:
+        """What ``render`` gives for every row, where all columns are text or None; many times faster.
+
+        None where the template does more than insert columns, and where ``render`` would refuse a row.
+        """
+        if self._pieces is None or not _is_unicode(self._constant):
+            return None
+        parts: list[Iterable[str]] = [
+            repeat(part, num_rows) if name is None else _shown(columns[name]) for name, part in self._pieces
+        ]
+        texts = list(map("".join, zip(*parts, strict=True))) if parts else [""] * num_rows
+        return texts if max(map(len, texts), default=0) <= MAX_PROMPT_CHARS else None
+
     def _render_slowly(self, row: Mapping[str, object]) -> str:
         context = self._template.new_context({name: row[name] for name in self.columns})
         parts: list[str] = []
@@ -90,6 +104,19 @@ def _simple_pieces(tree: nodes.Template, *, columns: tuple[str, ...]) -> list[tu
             else:
                 return None
     return pieces
+
+
+def _shown(values: Sequence[str | None]) -> Sequence[str]:
+    """NULL as a template shows it."""
+    return ["None" if value is None else value for value in values]
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _bounded(text: str) -> str:

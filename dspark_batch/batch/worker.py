@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 
 from dspark_batch.batch.contract import RowEngine
-from dspark_batch.batch.dedupe import Deduper
+from dspark_batch.batch.dedupe import Deduper, PromptKey
 from dspark_batch.batch.ordering import feed_order
 from dspark_batch.batch.prompts import PromptRenderer, check_prompt
 from dspark_batch.batch.results import ShardResult, assemble
@@ -61,7 +61,8 @@ class BatchWorker:
         self._deduper = Deduper()
         self._open: dict[str, _OpenShard] = {}
         self._feeding: deque[_OpenShard] = deque()
-        self._in_engine: dict[int, tuple[str, int, Request, list[Result]]] = {}
+        self._in_engine: dict[int, tuple[_OpenShard, int, PromptKey | None]] = {}
+        self._samples: dict[int, list[Result]] = {}
         self._finished: deque[ShardResult] = deque()
 
     @property
@@ -135,7 +136,8 @@ class BatchWorker:
     def check_integrity(self) -> None:
         """Rows in the engine belong to open shards; open shards miss rows; equal prompts have open owners."""
         self._deduper.check_integrity()
-        assert all(key in self._open for key, _, _, _ in self._in_engine.values())
+        assert all(self._open[shard.input.key] is shard for shard, _, _ in self._in_engine.values())
+        assert self._samples.keys() <= self._in_engine.keys()
         assert all(shard.num_missing == shard.rows.count(None) > 0 for shard in self._open.values())
 
     @property
@@ -143,49 +145,52 @@ class BatchWorker:
         return self._engine.max_concurrency * QUEUE_FACTOR
 
     def _feed(self) -> None:
-        while self._feeding and self._engine.num_unfinished < self._target:
+        room = self._target - self._engine.num_unfinished
+        while self._feeding and room > 0:
             shard = self._feeding[0]
             pair = next(shard.unfed, None)
             if pair is None:
                 self._feeding.popleft()
                 self._close_if_done(shard)
-                continue
-            self._submit(shard, pair[0], pair[1])
+            elif self._submit(shard, pair[0], pair[1]):
+                room -= self._num_samples
 
-    def _submit(self, shard: _OpenShard, row: int, outcome: Request | RowError) -> None:
+    def _submit(self, shard: _OpenShard, row: int, outcome: Request | RowError) -> bool:
+        """Whether the row went into the engine."""
         if isinstance(outcome, RowError):
             shard.put(row, self._failed(shard.input.ids[row], outcome))
-            return
-        claimed = self._deduper.claim(outcome, shard=shard.input.key, row=row)
-        if claimed is True:
-            self._in_engine[self._engine.add(outcome)] = (shard.input.key, row, outcome, [])
-            return
-        shard.num_copied_rows += 1
-        if claimed is not False:
-            shard.put(row, claimed)
+            return False
+        key = self._deduper.key(outcome)
+        if key is not None:
+            claimed = self._deduper.claim(key, shard=shard.input.key, row=row, row_id=outcome.id)
+            if claimed is not True:
+                shard.num_copied_rows += 1
+                if claimed is not False:
+                    shard.put(row, claimed)
+                return False
+        self._in_engine[self._engine.add(outcome)] = (shard, row, key)
+        return True
 
     def _failed(self, row_id: str, error: RowError) -> tuple[Result, ...]:
         request = Request(id=row_id, prompt="")
         return tuple(Result.failed(request, error, sample=sample) for sample in range(self._num_samples))
 
     def _receive(self, ticket: int, result: Result) -> None:
-        key, row, request, samples = self._in_engine[ticket]
-        if self._num_samples == 1:
-            results: tuple[Result, ...] = (result,)
-        else:
+        results: tuple[Result, ...] = (result,)
+        if self._num_samples > 1:
+            samples = self._samples.setdefault(ticket, [])
             samples.append(result)
             if len(samples) < self._num_samples:
                 return
-            results = tuple(sorted(samples, key=lambda sample: sample.sample))
+            results = tuple(sorted(self._samples.pop(ticket), key=lambda sample: sample.sample))
             assert [sample.sample for sample in results] == list(range(self._num_samples))
-        del self._in_engine[ticket]
-        waiting = self._deduper.finish(request, results)
-        self._put(key, row, results)
+        shard, row, key = self._in_engine.pop(ticket)
+        waiting = () if key is None else self._deduper.finish(key, results)
+        self._put(shard, row, results)
         for place_key, place_row, place_results in waiting:
-            self._put(place_key, place_row, place_results)
+            self._put(self._open[place_key], place_row, place_results)
 
-    def _put(self, key: str, row: int, results: tuple[Result, ...]) -> None:
-        shard = self._open[key]
+    def _put(self, shard: _OpenShard, row: int, results: tuple[Result, ...]) -> None:
         shard.put(row, results)
         if shard.num_missing == 0:
             self._close_if_done(shard)

@@ -3,7 +3,7 @@ from __future__ import annotations
 import random
 
 from dspark_batch.batch.dedupe import Deduper
-from dspark_batch.core import Request, SamplingParams
+from dspark_batch.core import Request, Result, SamplingParams
 from dspark_batch.testing.scripted_engine import scripted_result
 
 
@@ -11,15 +11,23 @@ def request(row_id: str, prompt: str, *, temperature: float = 0.0) -> Request:
     return Request(id=row_id, prompt=prompt, sampling=SamplingParams(temperature=temperature))
 
 
+def claim(deduper: Deduper, asked: Request, *, shard: str, row: int):
+    return deduper.claim(deduper.key(asked), shard=shard, row=row, row_id=asked.id)
+
+
+def finish(deduper: Deduper, done: Request, results: tuple[Result, ...]):
+    return deduper.finish(deduper.key(done), results)
+
+
 def test_the_first_computes_the_next_waits_and_a_later_one_is_served():
     deduper = Deduper()
     first = request("1", "a")
-    assert deduper.claim(first, shard="s", row=0) is True
-    assert deduper.claim(request("2", "a"), shard="t", row=5) is False
+    assert claim(deduper, first, shard="s", row=0) is True
+    assert claim(deduper, request("2", "a"), shard="t", row=5) is False
     results = (scripted_result(first),)
-    ((shard, row, copied),) = deduper.finish(first, results)
+    ((shard, row, copied),) = finish(deduper, first, results)
     assert (shard, row, copied[0].id, copied[0].text) == ("t", 5, "2", results[0].text)
-    served = deduper.claim(request("3", "a"), shard="t", row=6)
+    served = claim(deduper, request("3", "a"), shard="t", row=6)
     assert isinstance(served, tuple)
     assert served[0].id == "3"
     assert deduper.num_copied_rows == 2
@@ -28,11 +36,11 @@ def test_the_first_computes_the_next_waits_and_a_later_one_is_served():
 def test_a_closed_shard_is_forgotten():
     deduper = Deduper()
     first = request("1", "a")
-    deduper.claim(first, shard="s", row=0)
-    deduper.finish(first, (scripted_result(first),))
+    claim(deduper, first, shard="s", row=0)
+    finish(deduper, first, (scripted_result(first),))
     deduper.forget("s")
     deduper.check_integrity()
-    assert deduper.claim(request("2", "a"), shard="t", row=0) is True
+    assert claim(deduper, request("2", "a"), shard="t", row=0) is True
 
 
 def test_sampling_and_kind_of_prompt_keep_requests_apart():
@@ -54,7 +62,7 @@ def test_random_claims_give_every_place_exactly_one_result():
     places = [(f"s{number % 3}", number) for number in range(200)]
     for shard, row in places:
         asked = request(str(row), rng.choice("abcdefg"))
-        claimed = deduper.claim(asked, shard=shard, row=row)
+        claimed = claim(deduper, asked, shard=shard, row=row)
         if claimed is True:
             running.append((shard, row, asked))
         elif claimed is not False:
@@ -63,10 +71,10 @@ def test_random_claims_give_every_place_exactly_one_result():
         if running and rng.random() < 0.3:
             owner, own_row, done = running.pop(rng.randrange(len(running)))
             served[owner, own_row] = done.id
-            for other, other_row, copied in deduper.finish(done, (scripted_result(done),)):
+            for other, other_row, copied in finish(deduper, done, (scripted_result(done),)):
                 assert (other, other_row) not in served
                 served[other, other_row] = copied[0].id
     for owner, own_row, done in running:
         served[owner, own_row] = done.id
-        served.update({(s, r): c[0].id for s, r, c in deduper.finish(done, (scripted_result(done),))})
+        served.update({(s, r): c[0].id for s, r, c in finish(deduper, done, (scripted_result(done),))})
     assert served == {place: str(place[1]) for place in places}

@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import random
+
 import pyarrow as pa
 import pytest
 
+from dspark_batch.batch import templates
 from dspark_batch.batch.prompts import PromptRenderer, prompt_columns
 from dspark_batch.core import ErrorCode, Message, Request, RowError, SamplingParams
 from dspark_batch.errors import ConfigError
@@ -11,10 +14,51 @@ from dspark_batch.job.config import PromptSection
 SCHEMA = pa.schema([("text", pa.string()), ("title", pa.string()), ("ids", pa.list_(pa.int64()))])
 
 
-def renderer(*, chat_template: bool = False, schema: pa.Schema = SCHEMA, **section) -> PromptRenderer:
+def renderer(
+    *, chat_template: bool = False, schema: pa.Schema = SCHEMA, use_fast_path: bool = True, **section
+) -> PromptRenderer:
     return PromptRenderer(
-        PromptSection(**section), sampling=SamplingParams(), input_schema=schema, has_chat_template=chat_template
+        PromptSection(**section),
+        sampling=SamplingParams(),
+        input_schema=schema,
+        has_chat_template=chat_template,
+        use_fast_path=use_fast_path,
     )
+
+
+SIMPLE_SECTIONS = [
+    {"template": "Q: {{ text }}"},
+    {"template": "{{ text }}"},
+    {"template": "{{ title }} {{ text }}{{ title }}\n", "system": "Be brief."},
+    {"template": "{{ text }}", "system": "{{ title }}"},
+    {"template": "always the same", "system": "for {{ title }}"},
+    {"template": "{{ text }}", "chat": "never", "system": "{% raw %}{{ x }}{% endraw %}"},
+    {"template": "{{ text }}", "system": "{{ title | upper }}"},
+    {"template": "{% if text %}{{ text }}{% endif %}"},
+]
+
+
+@pytest.mark.parametrize("section", SIMPLE_SECTIONS, ids=lambda section: section["template"])
+@pytest.mark.parametrize("chat_template", [False, True])
+def test_tables_rendered_by_column_give_the_requests_of_rendering_by_row(section, chat_template):
+    rng = random.Random(str(section))
+    fast = renderer(**section, chat_template=chat_template)
+    slow = renderer(**section, chat_template=chat_template, use_fast_path=False)
+    for kind in (pa.string(), pa.large_string(), pa.dictionary(pa.int32(), pa.string())):
+        for num_rows in (0, 1, 7, 61):
+            values = [[rng.choice([None, "", "ä{{ x }}", "text"]) for _ in range(num_rows)] for _ in range(2)]
+            table = pa.table({"text": pa.array(values[0], kind), "title": pa.array(values[1], kind)})
+            pieces = pa.concat_tables([table.slice(0, 3), table.slice(3)])
+            ids = tuple(f"r{row}" for row in range(num_rows))
+            assert list(fast.render_table(pieces, ids=ids)) == list(slow.render_table(pieces, ids=ids))
+
+
+def test_one_prompt_that_is_too_long_fails_alone_in_a_table_of_text(monkeypatch):
+    monkeypatch.setattr(templates, "MAX_PROMPT_CHARS", 20)
+    table = pa.table({"text": ["short", "x" * 30, "short too"]})
+    outcomes = list(renderer(template="{{ text }}").render_table(table, ids=("1", "2", "3")))
+    assert [isinstance(outcome, Request) for outcome in outcomes] == [True, False, True]
+    assert code(outcomes[1]) is ErrorCode.TEMPLATE_ERROR
 
 
 def code(outcome: Request | RowError) -> ErrorCode:

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import datetime
 import random
+from collections import Counter
+from dataclasses import asdict
 from decimal import Decimal
 
 import pyarrow as pa
@@ -9,9 +11,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from dspark_batch.batch.prompts import PromptRenderer
+from dspark_batch.batch.results import ShardStats, assemble
 from dspark_batch.batch.rows import ShardInput
 from dspark_batch.batch.worker import BatchWorker, check_schema
-from dspark_batch.core import ErrorCode, Request
+from dspark_batch.core import ErrorCode, Request, Result, RowError
 from dspark_batch.errors import ConfigError, EngineError
 from dspark_batch.testing.scripted_engine import ScriptedEngine, scripted_result
 
@@ -112,6 +115,60 @@ def test_failed_rows_keep_their_place_and_carry_the_reason(make_config):
     stats = result.stats
     assert (stats.num_failed_rows, stats.num_retryable_rows) == (3, 1)
     assert stats.num_failed_by_code == {"engine_error": 1, "null_prompt": 1, "prompt_too_long": 1}
+
+
+def counted(rows: list[tuple[Result, ...]], *, num_copied_rows: int) -> ShardStats:
+    """The totals of a shard from its results, one by one."""
+    flat = [result for row in rows for result in row]
+    failed = [[result.error for result in row if result.error is not None] for row in rows]
+    failed = [row for row in failed if row]
+    totals = {
+        name: sum(getattr(result, name) for result in flat)
+        for name in ShardStats.__slots__
+        if name.endswith(("_tokens", "_rounds"))
+    }
+    return ShardStats(
+        num_rows=len(rows),
+        num_output_rows=len(flat),
+        num_failed_rows=len(failed),
+        num_retryable_rows=sum(any(error.retryable for error in row) for row in failed),
+        num_copied_rows=num_copied_rows,
+        num_failed_by_code=dict(sorted(Counter(row[0].code.value for row in failed).items())),
+        **totals,
+    )
+
+
+@pytest.mark.parametrize("num_samples", [1, 3])
+@pytest.mark.parametrize("failing", [0.0, 0.3, 1.0])
+def test_totals_and_columns_are_those_of_the_results_one_by_one(make_config, num_samples, failing):
+    rng = random.Random(f"{num_samples}/{failing}")
+    config = make_config(sampling={**HOT, "n": num_samples}, output={"token_ids": True})
+    schema = check_schema(config, input_schema=pa.schema([("text", pa.string())]))
+    for num_rows in (0, 1, 13):
+        given = shard("s", [f"t{row}" for row in range(num_rows)])
+        rows = [
+            tuple(random_result(rng, row_id, sample=sample, failing=failing) for sample in range(num_samples))
+            for row_id in given.ids
+        ]
+        made = assemble(given, rows, schema=schema, num_samples=num_samples, num_copied_rows=2)
+        assert made.stats == counted(rows, num_copied_rows=2)
+        found = made.table.to_pylist()
+        for line, result in zip(found, (result for row in rows for result in row), strict=True):
+            error = result.error
+            assert line["summary"] == (None if error else result.text)
+            assert line["token_ids"] == (None if error else list(result.token_ids))
+            assert line["finish_reason"] == result.finish_reason.value
+            assert line["num_drafted_tokens"] == result.num_drafted_tokens
+            assert line["error"] == (error and {**asdict(error), "code": error.code.value})
+
+
+def random_result(rng: random.Random, row_id: str, *, sample: int, failing: float) -> Result:
+    request = Request(id=row_id, prompt=str(rng.random()))
+    if rng.random() < failing:
+        code = rng.choice([ErrorCode.ENGINE_ERROR, ErrorCode.PROMPT_TOO_LONG])
+        error = RowError(code=code, message="m", retryable=code is ErrorCode.ENGINE_ERROR)
+        return Result.failed(request, error, sample=sample, num_prompt_tokens=rng.randrange(5))
+    return scripted_result(request, sample=sample)
 
 
 def test_process_gives_one_batch_in_the_declared_schema(make_config):
