@@ -34,9 +34,10 @@ def run_job(
 ) -> Outcome:
     """Run a job, or go on with it, until its end or an early stop. Progress goes to stderr unless given.
 
-    Holds the output's lease meanwhile; see ``output.on_conflict``. ``verify`` compares the checksums of what was
-    committed before. Raises ConfigError, InputError, OutputError, ModelError or EngineError where the run cannot begin
-    or go on; what was committed before stays.
+    Holds the output's lease meanwhile; see ``output.on_conflict``. From then on a first SIGTERM or Ctrl-C waits for the
+    moment when shards are made, and an end of the run that has begun is brought to its end. ``verify`` compares the
+    checksums of what was committed before. Raises ConfigError, InputError, OutputError, ModelError or EngineError where
+    the run cannot begin or go on; what was committed before stays.
     """
     from dspark_batch.batch.lease import acquire_lease
 
@@ -56,14 +57,15 @@ def run_job(
         if lease.had_others:
             run = prepared()
         run.store.hold(lease)
-        return _run_to_end(run, retry_failed=retry_failed, verify=verify, stream=stream)
+        with StopRequest() as stop:
+            return _run_to_end(run, retry_failed=retry_failed, verify=verify, stream=stream, stop=stop)
 
 
 def _say(stream: TextIO, text: str) -> None:
     stream.write(f"dspark-batch: {text}\n")
 
 
-def _run_to_end(run: PreparedRun, *, retry_failed: bool, verify: bool, stream: TextIO) -> Outcome:
+def _run_to_end(run: PreparedRun, *, retry_failed: bool, verify: bool, stream: TextIO, stop: StopRequest) -> Outcome:
     left = remaining(run, retry_failed=retry_failed, verify=verify)
     if not left.shards:
         return _close_without_work(run, left)
@@ -77,7 +79,7 @@ def _run_to_end(run: PreparedRun, *, retry_failed: bool, verify: bool, stream: T
     _begin(run)
     if verify:
         run.store.discard([shard.name for shard in left.shards if shard.name not in left.committed])
-    finished = _work(run, left, bounds=bounds, retry_failed=retry_failed, stream=stream)
+    finished = _work(run, left, bounds=bounds, retry_failed=retry_failed, stream=stream, stop=stop)
     return _finish(finished)
 
 
@@ -95,7 +97,9 @@ def _begin(run: PreparedRun) -> None:
     run.store.sweep()
 
 
-def _work(run: PreparedRun, left: Remaining, *, bounds: Bounds, retry_failed: bool, stream: TextIO) -> Finished:
+def _work(
+    run: PreparedRun, left: Remaining, *, bounds: Bounds, retry_failed: bool, stream: TextIO, stop: StopRequest
+) -> Finished:
     work = Work(
         num_rows=sum(shard.num_rows for shard in left.shards),
         num_shards=len(left.shards),
@@ -106,7 +110,7 @@ def _work(run: PreparedRun, left: Remaining, *, bounds: Bounds, retry_failed: bo
         report = stack.enter_context(progress_report(work, stream=stream))
         report.say(f"{work.num_rows} rows in {work.num_shards} shards to do; loading {run.config.model.target}")
         backend = stack.enter_context(_backend(run, num_shards=work.num_shards, retry_failed=retry_failed))
-        stop = stack.enter_context(StopRequest())
+        stop.take_signals()
         start_s = time.monotonic()
         ending = drive(backend, left.shards, done=done, whole=whole, bounds=bounds, report=report, stop=stop)
         elapsed_s = time.monotonic() - start_s

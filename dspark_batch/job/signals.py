@@ -19,8 +19,14 @@ class StopRequest:
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
-            self._previous = {number: signal.signal(number, self._receive) for number in STOP_SIGNALS}
+            self._previous = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+            self.take_signals()
         return self
+
+    def take_signals(self) -> None:
+        """Install the handlers again where a library has put its own in their place, as Ray does when it starts."""
+        for number in self._previous:
+            signal.signal(number, self._receive)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -171,6 +171,18 @@ def test_handlers_are_put_back() -> None:
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+def test_handlers_that_a_library_replaced_are_taken_back_until_the_end() -> None:
+    import signal
+
+    before = signal.getsignal(signal.SIGTERM)
+    with StopRequest() as stop:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        stop.take_signals()
+        signal.raise_signal(signal.SIGTERM)
+        assert stop.is_asked()
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
 def test_the_local_backend_runs_every_shard_once_with_bounded_overlap() -> None:
     running = set()
     most = 0
