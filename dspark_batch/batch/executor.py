@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from concurrent.futures import CancelledError
 from dataclasses import dataclass
 
@@ -71,6 +72,10 @@ class ShardExecutor:
         self._run = spec.open_store()
         self._engine: CountingEngine | None = None
         self._service = WorkerService(self._make_worker).start()
+        # What is loaded by now stays: the collector need not walk it again for the rows that come and go, which would
+        # take as long as everything else that is done for a row.
+        gc.collect()
+        gc.freeze()
 
     def run(self, shard: Shard) -> ManifestEntry:
         """Generate and commit one shard; the entry that stands if another attempt has committed it already.
@@ -98,6 +103,7 @@ class ShardExecutor:
 
     def close(self) -> None:
         """Stop the engine after its current round; shards in flight are given up."""
+        gc.unfreeze()
         self._service.close()
         self._reader.close()
         if self._engine is not None:
