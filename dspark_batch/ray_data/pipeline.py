@@ -12,6 +12,7 @@ import pyarrow as pa
 import ray
 import ray.data
 from ray.data import ActorPoolStrategy, DataContext, Dataset
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from dspark_batch import errors
 from dspark_batch.batch.executor import WorkerSpec
@@ -37,7 +38,9 @@ class RayBackend:
         self._section = section
         self._share = actor_share(section, device=device)
         self._live = LiveCounts()
-        self._control = ray.remote(num_cpus=0)(JobControl).remote(num_actors=section.actors)
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        control = ray.remote(num_cpus=0, scheduling_strategy=here)(JobControl)
+        self._control = control.remote(num_actors=section.actors)
 
     def run(self, shards: Sequence[Shard]) -> Iterator[ManifestEntry | None]:
         """The entry of every shard once it is committed; None whenever a moment passed without one.
