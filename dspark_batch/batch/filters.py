@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
@@ -51,6 +52,40 @@ def parse_filter(text: str, *, schema: pa.Schema) -> tuple[pc.Expression, tuple[
     except (pa.ArrowException, TypeError, ValueError, OverflowError, RecursionError) as error:
         raise _problem(text, str(error)) from error
     return expression, tuple(sorted(parser.columns))
+
+
+def split_filter(text: str, *, schema: pa.Schema) -> list[FilterPart]:
+    """The conditions that a valid filter joins with ``and``: a row passes the filter if and only if it passes each."""
+    node = ast.parse(text.strip(), mode="eval").body
+    nodes = node.values if isinstance(node, ast.BoolOp) and isinstance(node.op, ast.And) else [node]
+    parts = []
+    for part in nodes:
+        parser = _Parser(schema)
+        expression = parser.condition(part)
+        parts.append(FilterPart(expression=expression, columns=frozenset(parser.columns), negates=_negates(part)))
+    return parts
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FilterPart:
+    """One condition. ``negates``: it holds a ``not`` or ``!=``, so that values outside a range may pass it."""
+
+    expression: pc.Expression
+    columns: frozenset[str]
+    negates: bool
+
+    def is_decided_by_statistics(self, stored: pa.Schema) -> bool:
+        """Whether minimum, maximum and number of NULLs of the stored columns can show that no row passes.
+
+        Statistics leave out NaN, which passes negated conditions only.
+        """
+        if not self.columns <= set(stored.names):
+            return False
+        return not (self.negates and any(pa.types.is_floating(stored.field(name).type) for name in self.columns))
+
+
+def _negates(node: ast.expr) -> bool:
+    return any(isinstance(part, ast.Not | ast.NotEq | ast.NotIn) for part in ast.walk(node))
 
 
 class _Parser:

@@ -18,8 +18,9 @@ from dspark_batch.batch.layout import STAGING
 from dspark_batch.batch.publication import table_schema
 from dspark_batch.batch.reader import ShardReader, pack_bits
 from dspark_batch.batch.rows import check_id_column, row_ids
-from dspark_batch.batch.shards import Plan, Shard, check_unchanged, cut_files
+from dspark_batch.batch.shards import Plan, Shard, check_unchanged, cut_files, identity_of
 from dspark_batch.batch.sources import InputFile, find_input_files
+from dspark_batch.batch.working_copy import copy_root, moved_plan
 from dspark_batch.errors import InputError
 from dspark_batch.job.config import JobConfig
 from dspark_batch.provenance import fingerprint
@@ -65,7 +66,10 @@ def resolve_plan(config: JobConfig, *, run: RunStore, fields_of: FieldsOf, retry
         InputError: the input cannot be read, or is not the one that the run began with.
     """
     text = run.read_meta(PLAN_FILE)
-    saved = None if text is None else Plan.from_json(text, source=f"{run.path}/{run.ticket.meta}/{PLAN_FILE}")
+    root = _working_copy(config)
+    saved = None
+    if text is not None:
+        saved = moved_plan(Plan.from_json(text, source=f"{run.path}/{run.ticket.meta}/{PLAN_FILE}"), root=root)
     incremental = config.input.incremental
     if saved is not None:
         fields = fields_of(None if incremental else saved.digest)
@@ -80,8 +84,15 @@ def resolve_plan(config: JobConfig, *, run: RunStore, fields_of: FieldsOf, retry
         check_unchanged(saved, found.files)
         return ResolvedPlan(plan=saved, fields=fields, is_saved=True)
     if retry_failed:
-        return ResolvedPlan(plan=_all_increments(run, saved), fields=fields, is_saved=True)
+        return ResolvedPlan(plan=moved_plan(_all_increments(run, saved), root=root), fields=fields, is_saved=True)
     return _next_increment(config, run=run, saved=saved, fields=fields)
+
+
+def _working_copy(config: JobConfig) -> str | None:
+    """The unpacked working directory of a Ray job that the input lies in, if it does."""
+    paths = [config.input.path] if isinstance(config.input.path, str) else config.input.path
+    roots = [root for path in paths if (root := copy_root(path)) is not None]
+    return roots[0] if roots else None
 
 
 def is_finished(run: RunStore, plan: Plan) -> bool:
@@ -97,7 +108,7 @@ def mark_finished(run: RunStore, plan: Plan) -> None:
 
 def _first_plan(config: JobConfig, *, run: RunStore, fields_of: FieldsOf) -> ResolvedPlan:
     found = find_input_files(config.input)
-    plan = cut_files(found, max_rows=config.shards.rows, delimiter=config.input.delimiter)
+    plan = cut_files(found, max_rows=config.shards.rows, delimiter=config.input.delimiter, filter=config.input.filter)
     fields = fields_of(None if config.input.incremental else plan.digest)
     run.compare(fields)
     if config.output.format != "parquet":
@@ -110,8 +121,8 @@ def _first_plan(config: JobConfig, *, run: RunStore, fields_of: FieldsOf) -> Res
 def _next_increment(config: JobConfig, *, run: RunStore, saved: Plan, fields: Mapping[str, object]) -> ResolvedPlan:
     """The saved plan with the files that have come since: as a new increment where the saved one is finished."""
     found = find_input_files(config.input)
-    known = {(file.path, file.size_bytes, file.mtime_ns) for file in saved.files}
-    new = [file for file in found.files if (file.path, file.size_bytes, file.mtime_ns) not in known]
+    known = {(file.path, *identity_of(file)) for file in saved.files}
+    new = [file for file in found.files if (file.path, *identity_of(file)) not in known]
     if not new:
         return ResolvedPlan(plan=saved, fields=fields, is_saved=True)
     if config.input.incremental == "files":
@@ -122,6 +133,7 @@ def _next_increment(config: JobConfig, *, run: RunStore, saved: Plan, fields: Ma
         delimiter=config.input.delimiter,
         first_index=saved.next_index,
         schema=saved.schema,
+        filter=config.input.filter,
     )
     resolved = ResolvedPlan(plan=replace(added, id_files=saved.id_files), fields=fields, is_saved=False, archived=None)
     if config.input.incremental == "rows":

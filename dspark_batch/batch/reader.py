@@ -11,12 +11,13 @@ import numpy as np
 import pyarrow as pa
 from pyarrow import fs
 
-from dspark_batch.batch.cursors import Cursor, arrow_cursor, parquet_cursor
+from dspark_batch.batch.cursors import Cursor, Index, arrow_cursor, parquet_cursor
 from dspark_batch.batch.delimited import parse_records
 from dspark_batch.batch.filters import parse_filter
 from dspark_batch.batch.hive import add_constants
 from dspark_batch.batch.jsonl import parse_lines
 from dspark_batch.batch.prompts import prompt_columns
+from dspark_batch.batch.pruning import Pruner
 from dspark_batch.batch.rows import ShardInput, row_ids
 from dspark_batch.batch.schema import missing_columns
 from dspark_batch.batch.shards import Shard
@@ -73,6 +74,7 @@ class ShardReader:
         self._filter = None
         if config.input.filter is not None:
             self._filter, _ = parse_filter(config.input.filter, schema=plan_schema)
+        self._pruner = Pruner(config.input.filter, schema=plan_schema)
         self._fs = filesystem if filesystem is not None else open_input_filesystem(config.input)
         self._cursor: Cursor | None = None
         self._lock = threading.Lock()
@@ -90,22 +92,21 @@ class ShardReader:
         """As ``read``: the rows, and their places in the file."""
         try:
             with self._lock:
-                table = self._read(shard)
+                table, index = self._read(shard)
         except (OSError, pa.ArrowException) as error:
             self._drop_cursor()
             raise InputError(f"{shard.path}: cannot be read: {error}") from error
-        num_rows = shard.row_stop - shard.row_start
-        if table.num_rows != num_rows:
+        if table.num_rows != len(index):
             raise InputError(
-                f"{shard.path}: {table.num_rows} rows from row {shard.row_start}, the plan has {num_rows}; "
+                f"{shard.path}: {table.num_rows} rows from row {shard.row_start}, the plan has {len(index)}; "
                 "the file changed during the run"
             )
         if shard.keep is None and self._filter is None:
-            return table, list(range(shard.row_start, shard.row_stop))
-        index = np.arange(shard.row_start, shard.row_stop, dtype=np.int64)
+            return table, index.tolist()
         table = table.append_column(ROW_INDEX, pa.array(index))
         if shard.keep is not None:
-            table = table.filter(pa.array(unpack_bits(shard.keep, num_rows=num_rows)))
+            keep = unpack_bits(shard.keep, num_rows=shard.row_stop - shard.row_start)
+            table = table.filter(pa.array(keep[index - shard.row_start]))
         if self._filter is not None:
             table = table.filter(self._filter)
         kept = table.column(ROW_INDEX).to_numpy().tolist()
@@ -121,11 +122,17 @@ class ShardReader:
             self._cursor.close()
         self._cursor = None
 
-    def _read(self, shard: Shard) -> pa.Table:
-        table = self._read_text(shard) if shard.byte_start is not None else self._read_batches(shard)
+    def _read(self, shard: Shard) -> tuple[pa.Table, Index]:
+        """The rows of the shard and their places in the file, row groups left out that the filter drops as a whole."""
+        if shard.byte_start is not None:
+            table, index = self._read_text(shard), np.arange(shard.row_start, shard.row_stop, dtype=np.int64)
+            absent = {name for name, _ in shard.constants if name not in shard.names}
+            table = table.drop_columns([name for name in table.column_names if name in absent])
+        else:
+            table, index = self._read_batches(shard)
         table = add_constants(table, shard.constants, schema=self.schema)
         columns = [_column(table, field) for field in self.schema]
-        return pa.Table.from_arrays(columns, schema=self.schema)
+        return pa.Table.from_arrays(columns, schema=self.schema), index
 
     def _read_text(self, shard: Shard) -> pa.Table:
         assert shard.byte_start is not None
@@ -144,18 +151,24 @@ class ShardReader:
             row_start=shard.row_start,
         )
 
-    def _read_batches(self, shard: Shard) -> pa.Table:
+    def _read_batches(self, shard: Shard) -> tuple[pa.Table, Index]:
         if self._cursor is None or not self._cursor.can_read(shard.path, shard.row_start):
             self._drop_cursor()
             names = self.schema.names
             if shard.format == "parquet":
-                self._cursor = parquet_cursor(self._fs, shard.path, row_start=shard.row_start, names=names)
+                self._cursor = parquet_cursor(
+                    self._fs,
+                    shard.path,
+                    row_start=shard.row_start,
+                    names=names,
+                    row_groups=self._pruner.row_groups(self._fs, shard.path) if self._pruner.can_prune else None,
+                )
             else:
                 self._cursor = arrow_cursor(self._fs, shard.path, names=names)
-        table = self._cursor.take(shard.row_start, shard.row_stop, empty=self.schema)
+        table, index = self._cursor.take(shard.row_start, shard.row_stop, empty=self.schema)
         if table.num_columns == 0:
-            return pa.table({ROW_INDEX: pa.nulls(shard.row_stop - shard.row_start)})
-        return table
+            return pa.table({ROW_INDEX: pa.nulls(len(index))}), index
+        return table, index
 
 
 def pack_bits(keep: np.ndarray[Any, np.dtype[np.bool_]]) -> str:

@@ -5,15 +5,18 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import groupby
 from typing import Any
 
 import pyarrow as pa
 from pyarrow import fs
 
+from dspark_batch.batch.cursors import RowGroup
 from dspark_batch.batch.cut import CutFile, Piece, cut_file, unify
 from dspark_batch.batch.hive import Constants, constant_fields
+from dspark_batch.batch.pruning import Pruner
 from dspark_batch.batch.sources import FileFormat, InputFile, InputFiles, find_input_files
 from dspark_batch.errors import InputError
 from dspark_batch.job.config import InputSection
@@ -25,8 +28,8 @@ PLAN_VERSION = 2
 class Shard:
     """A slice of one input file that is committed as one. Plain values only, so that it travels anywhere.
 
-    Rows ``row_start`` to ``row_stop`` of the file, before any filter; for text formats also the bytes that hold them,
-    and for CSV the columns (``names``). ``keep`` tells which of them are to be done where not all are: a base64 text of
+    Rows ``row_start`` to ``row_stop`` of the file, before any filter; for text formats also the bytes that hold them.
+    ``names`` are the columns of the file, for CSV and where there are ``constants`` beside them. ``keep`` tells which of them are to be done where not all are: a base64 text of
     packed bits. ``num_rows`` counts the rows to be done.
     """
 
@@ -46,7 +49,7 @@ class Shard:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """Files, shards and schema (of all input columns) of a run. ``num_rows`` counts rows before any filter.
+    """Files, shards and schema (of all input columns) of a run. ``num_rows`` counts them before the filter.
 
     ``version`` is the table version that was read, for tables. An incremental run has a plan for each ``increment``
     (from 1): ``files`` are then all files that were ever planned, ``first_index`` is the number of the first shard, and
@@ -73,8 +76,8 @@ class Plan:
 
     @property
     def digest(self) -> str:
-        """Identity of the input's content, by names, sizes and modification times (SHA-256, hex)."""
-        facts: list[object] = [(file.relative, file.size_bytes, file.mtime_ns) for file in self.files]
+        """Identity of the input's content, by names, sizes and modification times or checksums (SHA-256, hex)."""
+        facts: list[object] = [(file.relative, *identity_of(file)) for file in self.files]
         facts += [] if self.version is None else [self.version]
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
@@ -131,21 +134,31 @@ def make_plan(
         check_unchanged(plan, find_input_files(section, filesystem=filesystem, version=plan.version).files)
         return plan
     found = find_input_files(section, filesystem=filesystem)
-    return cut_files(found, max_rows=max_rows, delimiter=section.delimiter)
+    return cut_files(found, max_rows=max_rows, delimiter=section.delimiter, filter=section.filter)
 
 
 def cut_files(
-    found: InputFiles, *, max_rows: int, delimiter: str = ",", first_index: int = 0, schema: pa.Schema | None = None
+    found: InputFiles,
+    *,
+    max_rows: int,
+    delimiter: str = ",",
+    first_index: int = 0,
+    schema: pa.Schema | None = None,
+    filter: str | None = None,
 ) -> Plan:
     """The plan over these files, in their order, with shard numbers from ``first_index``.
 
-    ``schema`` is that of an earlier plan into the same output, which the files must fit. Raises InputError.
+    ``schema`` is that of an earlier plan into the same output, which the files must fit. Shards of which ``filter``
+    drops every row, as folder names or the statistics in Parquet footers tell, are left out; one always stays, so that
+    there is an output. Raises InputError.
     """
     is_text = found.format in ("jsonl", "csv")
     whole = found.schema if found.schema is not None else schema
     shards: list[Shard] = []
+    columns: dict[str, list[str]] = {}
     for file in found.files:
         cut = cut_file(found.filesystem, file, format=found.format, max_rows=max_rows, delimiter=delimiter)
+        columns[file.path] = cut.schema.names
         if len(set(cut.schema.names)) != len(cut.schema.names):
             raise InputError(f"{file.path}: a column name occurs more than once: {', '.join(cut.schema.names)}")
         if found.schema is None:
@@ -163,7 +176,14 @@ def cut_files(
     if found.schema is None and schema is None:
         extra = constant_fields(file.constants for file in found.files)
         whole = pa.schema([*whole, *(field for field in extra if field.name not in whole.names)])
-    return Plan(files=found.files, shards=tuple(shards), schema=whole, version=found.version, first_index=first_index)
+    pruner = Pruner(filter, schema=whole)
+    kept = _not_pruned(shards, pruner, columns=columns, filesystem=found.filesystem) if pruner.can_prune else shards
+    return Plan(files=found.files, shards=tuple(kept), schema=whole, version=found.version, first_index=first_index)
+
+
+def identity_of(file: InputFile) -> tuple[int, int | str | None]:
+    """What a file still has as long as its content is the same: its size, and its modification time or checksum."""
+    return file.size_bytes, file.mtime_ns if file.checksum is None else file.checksum
 
 
 def check_unchanged(plan: Plan, files: Sequence[InputFile]) -> None:
@@ -175,7 +195,7 @@ def check_unchanged(plan: Plan, files: Sequence[InputFile]) -> None:
     changes += [
         f"changed: {path} ({_facts(before[path])} then, {_facts(now[path])} now)"
         for path in sorted(before.keys() & now.keys())
-        if _facts(before[path]) != _facts(now[path])
+        if identity_of(before[path]) != identity_of(now[path])
     ]
     if changes:
         raise InputError(
@@ -183,6 +203,29 @@ def check_unchanged(plan: Plan, files: Sequence[InputFile]) -> None:
             + "\n  ".join(changes)
             + "\nrestore it, or begin a new run (another output.path, or output.mode=overwrite)"
         )
+
+
+def _not_pruned(
+    shards: Sequence[Shard], pruner: Pruner, *, columns: Mapping[str, Sequence[str]], filesystem: fs.FileSystem
+) -> Sequence[Shard]:
+    """The shards with rows that may pass the filter, or the first where none has."""
+    kept: list[Shard] = []
+    for path, of_file in groupby(shards, key=lambda shard: shard.path):
+        pieces = list(of_file)
+        if not pruner.may_match(pieces[0].constants, stored=columns[path]):
+            continue
+        if pieces[0].format == "parquet":
+            try:
+                groups = pruner.row_groups(filesystem, path)
+            except (OSError, pa.ArrowException) as error:
+                raise InputError(f"{path}: cannot be read as Parquet: {error}") from error
+            pieces = [shard for shard in pieces if any(_overlap(shard, group) for group in groups)]
+        kept += pieces
+    return kept or shards[:1]
+
+
+def _overlap(shard: Shard, group: RowGroup) -> bool:
+    return max(shard.row_start, group.row_start) < min(shard.row_stop, group.row_stop)
 
 
 def _with_tuples(values: dict[str, Any]) -> dict[str, Any]:
@@ -196,6 +239,8 @@ def _with_tuples(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _facts(file: InputFile) -> str:
+    if file.checksum is not None:
+        return f"{file.size_bytes} bytes, SHA-256 {file.checksum[:12]}"
     return f"{file.size_bytes} bytes, modified {file.mtime_ns} ns"
 
 
@@ -213,6 +258,6 @@ def _named(file: InputFile, piece: Piece, *, cut: CutFile, format: FileFormat, i
         num_rows=piece.row_stop - piece.row_start,
         byte_start=piece.byte_start,
         byte_stop=piece.byte_stop,
-        names=cut.names,
+        names=cut.names or (tuple(cut.schema.names) if file.constants else ()),
         constants=file.constants,
     )

@@ -14,6 +14,7 @@ import pyarrow as pa
 from pyarrow import fs
 
 from dspark_batch.batch.hive import Constants, partition_of
+from dspark_batch.batch.working_copy import content_checksum, copy_root
 from dspark_batch.errors import InputError
 from dspark_batch.job.config import InputSection
 
@@ -36,6 +37,8 @@ class InputFile:
     mtime_ns: int | None
     constants: Constants = ()
     """Columns that are not in the file, with their one value as text: those of the path or of the table's log."""
+    checksum: str | None = None
+    """SHA-256 of the content, for files whose modification time says nothing (see ``working_copy``)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,18 +101,24 @@ def _plain_files(section: InputSection, *, filesystem: fs.FileSystem | None) -> 
         bases.append(base)
         infos |= {info.path: info for info in found}
     common = os.path.commonpath(bases) if len(set(bases)) > 1 else bases[0]
-    files = tuple(_input_file(infos[path], below=common) for path in sorted(infos))
+    files = tuple(_input_file(used, infos[path], below=common) for path in sorted(infos))
     return InputFiles(filesystem=used, format=_file_format(section) or _infer_format(files), files=files)
 
 
-def _input_file(info: fs.FileInfo, *, below: str) -> InputFile:
+def _input_file(filesystem: fs.FileSystem, info: fs.FileInfo, *, below: str) -> InputFile:
     relative = info.path.removeprefix(below).lstrip("/")
+    is_copy = isinstance(filesystem, fs.LocalFileSystem) and copy_root(info.path) is not None
+    try:
+        checksum = content_checksum(filesystem, info.path) if is_copy else None
+    except OSError as error:
+        raise InputError(f"{info.path}: cannot be read: {error}") from error
     return InputFile(
         path=info.path,
         relative=relative,
         size_bytes=info.size,
-        mtime_ns=info.mtime_ns,
+        mtime_ns=None if is_copy else info.mtime_ns,
         constants=partition_of(relative),
+        checksum=checksum,
     )
 
 
@@ -183,7 +192,9 @@ def dataset_files(section: InputSection, *, filesystem: fs.FileSystem | None = N
     missing = [info.path for info in infos if info.type != fs.FileType.File]
     if missing:
         raise InputError(f"{section.path}: state.json names files that are not there: {', '.join(missing)}")
-    return InputFiles(filesystem=used, format="arrow", files=tuple(_input_file(info, below=folder) for info in infos))
+    return InputFiles(
+        filesystem=used, format="arrow", files=tuple(_input_file(used, info, below=folder) for info in infos)
+    )
 
 
 def _read(filesystem: fs.FileSystem, path: str) -> bytes:

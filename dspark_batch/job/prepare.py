@@ -20,9 +20,6 @@ if TYPE_CHECKING:
     from dspark_batch.batch.planning import ResolvedPlan
     from dspark_batch.batch.shards import Plan, Shard
 
-RAY_WORKING_DIRS = "working_dir_files"
-"""Part of the path of the folder into which ``ray job submit --working-dir`` unpacks; it goes away with the cluster."""
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PreparedRun:
@@ -133,8 +130,10 @@ def _check_backend(config: JobConfig) -> None:
 
 
 def _refuse_vanishing_output(config: JobConfig) -> None:
+    from dspark_batch.batch.working_copy import copy_root
+
     path = config.output.path
-    if "://" in path or os.path.isabs(path) or RAY_WORKING_DIRS not in Path.cwd().parts:
+    if "://" in path or os.path.isabs(path) or copy_root(str(Path.cwd())) is None:
         return
     message = (
         f"{path!r} is relative, and the working directory of this Ray job is a temporary copy ({Path.cwd()}); "
