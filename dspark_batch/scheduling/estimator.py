@@ -27,6 +27,17 @@ _BOAST = 0.85
 _BIN_EDGES = np.array([0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.94, 0.97])
 
 
+def seen_slots(num_verified: Ints, num_accepted: Ints) -> tuple[Ints, Ints, NDArray[np.bool_]]:
+    """[R] verified and accepted tokens -> row, draft position and outcome of every slot with a label, flat [N].
+
+    Those are the verified slots up to and with the first rejected one.
+    """
+    reached = np.minimum(num_accepted + 1, num_verified)
+    row: Ints = np.repeat(np.arange(len(reached)), reached)
+    position: Ints = np.arange(len(row)) - np.repeat(np.cumsum(reached) - reached, reached)
+    return row, position, position < num_accepted[row]
+
+
 class AcceptanceHistory:
     """Conditional chances by draft position for the job, bent by how each row does; and how often a draft came at all.
 
@@ -88,20 +99,19 @@ class AcceptanceHistory:
     def survival(self, handles: Sequence[int], num_positions: int) -> Floats:
         """[R, K] chance that a row's draft holds up to and with each position."""
         log_job = np.cumsum(np.log(np.clip(self.chances()[:num_positions], 1e-6, 1 - 1e-6)))
-        powers = np.array([self._power(handle) for handle in handles])
-        out: Floats = np.exp(powers[:, None] * log_job[None])
+        out: Floats = np.exp(self._powers(handles)[:, None] * log_job[None])
         return out
 
-    def _power(self, handle: int) -> float:
-        row = self._rows.get(handle)
-        if row is None:
-            return 1.0
-        tried = float(self._tried.sum())
-        job = (float(self._held.sum()) + _PRIOR * _FIRST_CHANCE) / (tried + _PRIOR)
+    def _powers(self, handles: Sequence[int]) -> Floats:
+        """[R] exponents that bend the job's survival to each row's; 1 for rows of which nothing is known."""
+        if not self._rows:
+            return np.ones(len(handles))
+        job = (float(self._held.sum()) + _PRIOR * _FIRST_CHANCE) / (float(self._tried.sum()) + _PRIOR)
         job = min(max(job, 1e-3), 1 - 1e-3)
-        own = (row[0] + _ROW_PRIOR * job) / (row[1] + _ROW_PRIOR)
-        power = math.log(min(max(own, 1e-3), 1 - 1e-3)) / math.log(job)
-        return min(max(power, 1 / _MAX_ROW_POWER), _MAX_ROW_POWER)
+        counts: Floats = np.array([self._rows.get(handle, (0.0, 0.0)) for handle in handles]).reshape(-1, 2)
+        own = (counts[:, 0] + _ROW_PRIOR * job) / (counts[:, 1] + _ROW_PRIOR)
+        powers: Floats = np.log(np.clip(own, 1e-3, 1 - 1e-3)) / math.log(job)
+        return np.clip(powers, 1 / _MAX_ROW_POWER, _MAX_ROW_POWER)
 
 
 class ConfidenceScale:

@@ -1,0 +1,131 @@
+"""The online logistic: against a slow fit, under censoring, and against what it should learn."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from dspark_batch.scheduling.calibration import auc, expected_calibration_error
+from dspark_batch.scheduling.estimator import seen_slots
+from dspark_batch.scheduling.exploration import Exploration
+from dspark_batch.scheduling.logistic import CONFIDENCE, MARGIN, PositionLogistic, fit_curves
+
+Floats = NDArray[np.float64]
+
+
+def sigmoid(x: Floats) -> Floats:
+    out: Floats = 1 / (1 + np.exp(-x))
+    return out
+
+
+def slow_fit(x: Floats, held: Floats, prior: Floats, weight: float) -> Floats:
+    """Gradient descent on the same penalised likelihood, one label at a time in the sum."""
+    curve = prior.copy()
+    for _ in range(3_000):
+        miss = sigmoid(curve[0] + curve[1] * x) - held
+        gradient = np.array([miss.sum(), (miss * x).sum()]) + weight * (curve - prior)
+        curve -= 2.0 / (len(x) + weight) * gradient
+    return curve
+
+
+def test_newton_finds_what_gradient_descent_finds() -> None:
+    random = np.random.default_rng(1)
+    prior = np.array([-0.5, 1.0])
+    for num_labels in (3, 40, 300):
+        x = random.choice([0.2, 0.9, 1.7], num_labels)
+        held = (random.random(num_labels) < sigmoid(-1.0 + 1.5 * x)).astype(float)
+        bins = np.searchsorted([0.5, 1.2], x)
+        tried, hits, sums = (np.bincount(bins, w, minlength=3)[None] for w in (np.ones(num_labels), held, x))
+        start = np.array([[0.0, 0.0]])
+        for _ in range(5):
+            start = fit_curves(tried, hits, sums, prior=prior[None], weight=2.0, start=start)
+        np.testing.assert_allclose(start[0], slow_fit(x, held, prior, 2.0), atol=2e-3)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_slots_with_a_label_are_those_up_to_the_first_rejection(seed: int) -> None:
+    random = np.random.default_rng(seed)
+    verified = random.integers(0, 6, 13)
+    accepted = np.minimum(verified, random.integers(0, 6, 13))
+    expected = [
+        (row, position, bool(position < accepted[row]))
+        for row in range(13)
+        for position in range(verified[row])
+        if position <= accepted[row]
+    ]
+    assert list(zip(*(values.tolist() for values in seen_slots(verified, accepted)), strict=True)) == expected
+
+
+def test_it_learns_every_position_from_censored_labels() -> None:
+    """Rounds are cut at random, and a rejection hides all later positions; curves differ by position."""
+    random = np.random.default_rng(2)
+    truth = np.array([[-1.0, 2.0], [-0.5, 1.2], [-1.5, 1.0]])
+    curves = PositionLogistic(3, MARGIN)
+    said, stood = [], []
+    for number in range(900):
+        margin: Floats = random.exponential(4.0, (16, 3))
+        holds = random.random((16, 3)) < sigmoid(truth[:, 0] + truth[:, 1] * np.log1p(margin))
+        verified = random.integers(1, 4, 16)
+        accepted = np.minimum(np.cumprod(holds, axis=1).sum(1), verified)
+        if number > 300:
+            chances = curves.chances(margin.ravel(), np.tile(np.arange(3), 16)).reshape(16, 3)
+            said.append(np.cumprod(chances, axis=1))
+            stood.append(np.cumprod(holds, axis=1).astype(bool))
+        row, position, held = seen_slots(verified, accepted)
+        curves.observe(margin[row, position], position, held)
+    survival, happened = np.concatenate(said), np.concatenate(stood)
+    for position in range(3):
+        assert expected_calibration_error(survival[:, position], happened[:, position]) < 0.03
+        area = auc(survival[:, position], happened[:, position])
+        assert area is not None
+        assert area > 0.65
+    np.testing.assert_allclose(curves.curves, truth, atol=0.45)
+
+
+def test_a_position_without_labels_follows_the_others() -> None:
+    random = np.random.default_rng(3)
+    curves = PositionLogistic(4, MARGIN)
+    margin: Floats = random.exponential(3.0, 4000)
+    curves.observe(margin, np.zeros(4000, np.int64), random.random(4000) < 0.2)
+    curves.fit()
+    assert curves.chances(np.array([3.0]), np.array([3]))[0] == pytest.approx(0.2, abs=0.08)
+
+
+def test_a_boasting_head_is_believed_less_the_more_it_is_seen_to_boast() -> None:
+    random = np.random.default_rng(4)
+    curves = PositionLogistic(2, CONFIDENCE)
+    said = np.full(400, 0.9)
+    before = curves.chances(said[:1], np.array([0]))[0]
+    assert 0.8 < before < 0.9
+    curves.observe(said, np.zeros(400, np.int64), random.random(400) < 0.5)
+    assert curves.chances(said[:1], np.array([0]))[0] == pytest.approx(0.5, abs=0.06)
+
+
+def test_what_changes_is_followed_because_old_labels_fade() -> None:
+    random = np.random.default_rng(5)
+    curves = PositionLogistic(1, MARGIN)
+    for chance in (0.9, 0.3):
+        for _ in range(150):
+            margin: Floats = random.exponential(3.0, 64)
+            curves.observe(margin, np.zeros(64, np.int64), random.random(64) < chance)
+    assert curves.chances(np.array([3.0]), np.array([0]))[0] == pytest.approx(0.36, abs=0.09)
+
+
+def test_margins_and_confidences_beyond_all_bounds_give_chances() -> None:
+    for signal, values in ((MARGIN, [0.0, 1e9, -1.0]), (CONFIDENCE, [0.0, 1.0, 0.5])):
+        curves = PositionLogistic(1, signal)
+        position = np.zeros(3, np.int64)
+        curves.observe(np.array(values), position, np.array([True, False, True]))
+        curves.age()
+        curves.fit()
+        chances = curves.chances(np.array(values), position)
+        assert ((chances > 0) & (chances < 1)).all()
+
+
+def test_exploration_goes_round_all_rows_and_stays_rare() -> None:
+    exploration = Exploration(every=4)
+    picked = [exploration.next_row(3) for _ in range(48)]
+    assert sum(row is not None for row in picked) == 12
+    assert {row for row in picked if row is not None} == {0, 1, 2}
+    assert Exploration(every=1).next_row(0) is None
