@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dspark_batch.drafters.base import DraftRow
+from dspark_batch.drafters.margins import shared_noise_margin, top2_margin
 from dspark_batch.engine.config import EngineConfig
 from dspark_batch.errors import UnsupportedModelError
 from dspark_batch.models.convert import materialise
@@ -111,7 +112,7 @@ class DraftModelDrafter:
         if active:
             self._draft(active)
         probs = None if self._coupled else [torch.stack(d.probs) if d.probs else None for d in drafts]
-        return DraftBlock(token_ids=[d.tokens for d in drafts], probs=probs)
+        return DraftBlock(token_ids=[d.tokens for d in drafts], probs=probs, margin=[d.margins for d in drafts])
 
     def _reserve(self, state: _State) -> bool:
         if state.slot is None:
@@ -173,8 +174,9 @@ class DraftModelDrafter:
 
     def _draw(self, drafts: Sequence[_Draft], logits: Tensor) -> list[_Draft]:
         """Append one token to each draft; gives those that want another."""
-        batch = PositionBatch(logits, [draft.sampled_row(coupled=self._coupled) for draft in drafts])
-        finite = batch.finite()
+        rows = [draft.sampled_row(coupled=self._coupled) for draft in drafts]
+        batch = PositionBatch(logits, rows)
+        finite, margins = batch.finite(), self._margins(batch.logits, rows)
         keeps_probs = not self._coupled and any(not d.row.sampling.is_greedy for d in drafts)
         probs = batch.probs() if keeps_probs else None
         going_on = []
@@ -182,6 +184,7 @@ class DraftModelDrafter:
             if not finite[index]:
                 continue
             draft.tokens.append(token)
+            draft.margins.append(margins[index])
             if probs is not None and not draft.row.sampling.is_greedy:
                 draft.probs.append(probs[index])
             if len(draft.tokens) < draft.limit:
@@ -189,6 +192,16 @@ class DraftModelDrafter:
             elif self._poison_dead_kv:
                 draft.poison(self._model)
         return going_on
+
+    def _margins(self, logits: Tensor, rows: Sequence[SampledRow]) -> list[float]:
+        """Without shared noise the lead of the logits: it must not depend on the token that was drawn."""
+        if self._coupled:
+            sampling, keys = [row.sampling for row in rows], [row.noise_key for row in rows]
+            found = shared_noise_margin(logits, sampling, keys=keys, positions=[row.start for row in rows])
+        else:
+            found = top2_margin(logits)
+        margins: list[float] = found.tolist()
+        return margins
 
     def check_integrity(self) -> None:
         self._model.kv.check_integrity()
@@ -205,6 +218,7 @@ class _Draft:
     state: _State
     limit: int = 0
     tokens: list[int] = field(default_factory=list)
+    margins: list[float] = field(default_factory=list)
     probs: list[Tensor] = field(default_factory=list)
 
     def roll_back(self) -> None:

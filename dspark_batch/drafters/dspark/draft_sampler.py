@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dspark_batch.drafters.base import DraftRow
+from dspark_batch.drafters.margins import top2_margin
 from dspark_batch.sampling import noise
 from dspark_batch.sampling.probs import limited_support, limits_support, penalise_
 from dspark_batch.sampling.sampler import PositionBatch, SampledRow
@@ -57,7 +58,7 @@ class DraftSampler:
     position (coupled verification draws with the same, so that close distributions give equal tokens). Without it,
     tokens come from the row's draft stream and the distributions that they were drawn from are kept.
 
-    rounds: per row, a counter that no two rounds of the row share.
+    rounds: per row, a counter that no two rounds of the row share. keeps_margins: note the lead of every best score.
     """
 
     def __init__(
@@ -69,7 +70,9 @@ class DraftSampler:
         rounds: Sequence[int],
         num_slots: int,
         device: torch.device,
+        keeps_margins: bool = False,
     ) -> None:
+        self._margins: list[Tensor] | None = [] if keeps_margins else None
         self._rows, self._vocabulary, self._shared_noise = rows, vocabulary, shared_noise
         self._num_slots, self._device = num_slots, device
         self._keys = self._index([row.noise_key for row in rows])
@@ -94,6 +97,8 @@ class DraftSampler:
     def draw(self, logits: Tensor, slot: int) -> Tensor:
         """Target token ids [R] of one slot. Takes ``logits`` [R, Vd] float32 over. Slots come in order."""
         self._penalise(logits)
+        if self._margins is not None:
+            self._margins.append(top2_margin(logits))
         if self._uniforms is not None:
             columns = self._draw_kept(logits, self._uniforms[:, slot])
         else:
@@ -118,6 +123,16 @@ class DraftSampler:
             for r, row in enumerate(self._rows)
         ]
 
+    def margins(self) -> list[list[float]] | None:
+        """Per row, every slot's lead as ``DraftBlock.margin`` says; None unless asked for.
+
+        Without shared noise it is the lead of the logits, whatever was drawn: it must not depend on the slot's token.
+        """
+        if self._margins is None:
+            return None
+        out: list[list[float]] = torch.stack(self._margins, dim=1).tolist()
+        return out
+
     def _draw_shared(self, logits: Tensor, slot: int) -> Tensor:
         drawn = logits.argmax(-1)
         if self._full:
@@ -125,12 +140,19 @@ class DraftSampler:
             best = logits[index].topk(min(NUM_CANDIDATES, logits.shape[1]), dim=-1)
             noisy = best.values.double() / self._temperatures + self._noise(index, slot, best.indices)
             drawn[index] = best.indices.gather(1, noisy.argmax(-1, keepdim=True)).squeeze(-1)
+            self._note_margins(noisy, index)
         if self._limited:
             index = self._index(self._limited)
             support = limited_support(logits[index], [self._rows[r].sampling for r in self._limited])
             noisy = support.scores + self._noise(index, slot, support.token_ids)
             drawn[index] = support.token_ids.gather(1, noisy.argmax(-1, keepdim=True)).squeeze(-1)
+            self._note_margins(noisy, index)
         return drawn
+
+    def _note_margins(self, scores: Tensor, index: Tensor) -> None:
+        """Replace the slot's margins of some rows by those of their noisy scores [n, C]."""
+        if self._margins is not None:
+            self._margins[-1][index] = top2_margin(scores)
 
     def _noise(self, index: Tensor, slot: int, columns: Tensor) -> Tensor:
         """The noise that verification adds to the same tokens at the same positions."""

@@ -151,3 +151,30 @@ def test_only_the_best_candidates_are_drawn_from_with_shared_noise(monkeypatch: 
     logits = make_logits(None)[0][:1]
     drawn = {int(make_sampler(rows, None, shared=True).draw(logits.clone(), slot)) for slot in range(60)}
     assert drawn == set(logits[0].topk(3).indices.tolist())
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_margins_are_leads_of_the_scores_that_decide(shared: bool) -> None:
+    rows, logits = make_rows()[:3], make_logits(None)[0][:3]
+    sampler = DraftSampler(
+        rows,
+        vocabulary=DraftVocabulary(V),
+        shared_noise=shared,
+        rounds=[0] * 3,
+        num_slots=1,
+        device=torch.device("cpu"),
+        keeps_margins=True,
+    )
+    sampler.draw(logits.clone(), 0)
+    margins = sampler.margins()
+    assert margins is not None
+    for r, row in enumerate(rows):
+        scores = logits[r].double()
+        if shared and not row.sampling.is_greedy:
+            keep = scores.topk(row.sampling.top_k or V).indices
+            at = torch.tensor([row.noise_key]), torch.tensor([len(row.token_ids)])
+            scores = scores / row.sampling.temperature
+            scores = (scores + noise.gumbel(*at, torch.arange(V)[None])[0])[keep]
+        best, second = scores.sort(descending=True).values[:2].tolist()
+        assert margins[r] == [pytest.approx(best - second, rel=1e-4)]
+    assert make_sampler(rows, None, shared=shared).margins() is None
