@@ -17,7 +17,7 @@ FUNCTION_CAP_LINES = 80
 FUNCTION_P90_LINES = 40
 
 VOCABULARY = {"core", "errors", "metrics", "provenance"}
-BELOW_MODELS = VOCABULARY | {"tensors"}
+BELOW_MODELS = VOCABULARY | {"tensors", "extents"}
 
 ALLOWED_PACKAGES: dict[str, set[str]] = {
     "__init__": set(),
@@ -26,6 +26,7 @@ ALLOWED_PACKAGES: dict[str, set[str]] = {
     "metrics": VOCABULARY,
     "provenance": VOCABULARY,
     "tensors": VOCABULARY,
+    "extents": VOCABULARY,
     "sampling": BELOW_MODELS,
     "verification": BELOW_MODELS,
     "scheduling": BELOW_MODELS,
@@ -52,6 +53,7 @@ ALLOWED_LIBRARIES: dict[str, set[str]] = {
     "metrics": set(),
     "provenance": set(),
     "tensors": {"torch"},
+    "extents": set(),
     "sampling": {"torch", "numpy"},
     "verification": {"torch", "numpy"},
     "scheduling": {"torch", "numpy"},

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-from bisect import bisect_left, insort
 from dataclasses import dataclass
 
 import torch
+
+from dspark_batch.extents import ExtentPool
 
 GIB = 2**30
 _CPU_SHARE, _CPU_MAX_BYTES = 0.25, 4 * GIB
@@ -42,8 +43,7 @@ class _Slot:
 class KVCache:
     """Fulfils ``tensors.KVStore``. ``k`` and ``v`` are [L, Hkv, N, D], N tokens in all.
 
-    Extents come from a best-fit free list whose neighbours are merged on release. A slot that is freed while others
-    read it as their prefix is released with the last of them.
+    A slot that is freed while others read it as their prefix is released with the last of them.
     """
 
     def __init__(
@@ -60,26 +60,23 @@ class KVCache:
         shape = (num_layers, num_kv_heads, num_tokens, head_dim)
         self.k = torch.zeros(shape, dtype=dtype, device=device)
         self.v = torch.zeros(shape, dtype=dtype, device=device)
-        self._num_tokens = num_tokens
-        self._num_free = num_tokens
-        self._holes: list[tuple[int, int]] = [(0, num_tokens)]
+        self._pool = ExtentPool(num_tokens)
         self._slots: dict[int, _Slot] = {}
         self._next_slot = 0
 
     @property
     def num_total_tokens(self) -> int:
-        return self._num_tokens
+        return self._pool.num_total_tokens
 
     @property
     def num_free_tokens(self) -> int:
-        return self._num_free
+        return self._pool.num_free_tokens
 
     def allocate(self, num_tokens: int, *, prefix: int | None = None, prefix_len: int = 0) -> int | None:
         """Reserve positions prefix_len .. prefix_len+num_tokens-1; None when no hole is large enough now.
 
         ``prefix``: a live slot without a prefix of its own, whose positions below ``prefix_len`` are shared.
         """
-        assert num_tokens > 0, f"reservation of {num_tokens} tokens"
         assert (prefix is None) == (prefix_len == 0), f"prefix {prefix} with prefix_len {prefix_len}"
         prefix_start = None
         if prefix is not None:
@@ -87,7 +84,7 @@ class KVCache:
             assert shared.prefix is None, f"slot {prefix} reads a prefix itself and cannot be one"
             assert prefix_len <= shared.extent.capacity, f"prefix of {prefix_len} in {shared.extent}"
             prefix_start = shared.extent.start
-        start = self._take(num_tokens)
+        start = self._pool.take(num_tokens)
         if start is None:
             return None
         if prefix is not None:
@@ -112,17 +109,7 @@ class KVCache:
 
     def check_integrity(self) -> None:
         """Holes and extents tile the pool exactly, no two holes touch, and sharers are counted right."""
-        taken = [(slot.extent.start, slot.extent.capacity) for slot in self._slots.values()]
-        position, previous_is_hole = 0, False
-        holes = set(self._holes)
-        for start, size in sorted([*taken, *self._holes]):
-            assert start == position, f"pool has a gap or an overlap at token {position}"
-            is_hole = (start, size) in holes
-            assert not (is_hole and previous_is_hole), f"unmerged holes at token {start}"
-            position, previous_is_hole = start + size, is_hole
-        assert position == self._num_tokens, f"pool ends at {position} of {self._num_tokens} tokens"
-        assert self._holes == sorted(self._holes), "free list out of order"
-        assert self._num_free == sum(size for _, size in self._holes), "free tokens are miscounted"
+        self._pool.check_integrity((slot.extent.start, slot.extent.capacity) for slot in self._slots.values())
         for number, slot in self._slots.items():
             sharers = sum(other.prefix == number for other in self._slots.values())
             assert slot.num_sharers == sharers, f"slot {number} counts {slot.num_sharers} sharers, has {sharers}"
@@ -134,36 +121,15 @@ class KVCache:
         assert not entry.freed, f"slot {slot} was freed"
         return entry
 
-    def _take(self, num_tokens: int) -> int | None:
-        fitting = [hole for hole in self._holes if hole[1] >= num_tokens]
-        if not fitting:
-            return None
-        start, size = hole = min(fitting, key=lambda candidate: (candidate[1], candidate[0]))
-        self._holes.remove(hole)
-        if size > num_tokens:
-            insort(self._holes, (start + num_tokens, size - num_tokens))
-        self._num_free -= num_tokens
-        return start
-
     def _release_unused(self, slot: int) -> None:
         entry = self._slots[slot]
         if not entry.freed or entry.num_sharers:
             return
         del self._slots[slot]
-        self._give_back(entry.extent.start, entry.extent.capacity)
+        self._pool.give_back(entry.extent.start, entry.extent.capacity)
         if entry.prefix is not None:
             self._slots[entry.prefix].num_sharers -= 1
             self._release_unused(entry.prefix)
-
-    def _give_back(self, start: int, size: int) -> None:
-        self._num_free += size
-        at = bisect_left(self._holes, (start, 0))
-        if at < len(self._holes) and self._holes[at][0] == start + size:
-            size += self._holes.pop(at)[1]
-        if at > 0 and sum(self._holes[at - 1]) == start:
-            start, extra = self._holes.pop(at - 1)
-            size += extra
-        insort(self._holes, (start, size))
 
 
 def kv_pool_tokens(

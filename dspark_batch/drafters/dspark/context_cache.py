@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+
+from dspark_batch.extents import ExtentPool
 
 
 @dataclass(slots=True, eq=False)
@@ -31,7 +32,7 @@ class RowContext:
 
 
 class ContextCache:
-    """Owner of the context memory. ``k`` and ``v``: [L, Hkv, N, D]. Rows hold one extent each, first fit.
+    """Owner of the context memory. ``k`` and ``v``: [L, Hkv, N, D]. Rows hold one extent each.
 
     Features that wait are bounded by ``pending_limit_bytes``, counted by the tensors that they keep alive: the owner of
     the cache is told by ``is_overfull`` that everything must be projected now.
@@ -51,19 +52,18 @@ class ContextCache:
         shape = (num_layers, num_kv_heads, num_tokens, head_dim)
         self.k = torch.zeros(shape, dtype=dtype, device=device)
         self.v = torch.zeros(shape, dtype=dtype, device=device)
-        self._num_tokens = num_tokens
-        self._holes: list[tuple[int, int]] = [(0, num_tokens)] if num_tokens else []
+        self._pool = ExtentPool(num_tokens)
         self._rows: dict[int, RowContext] = {}
         self._pending_limit_bytes = pending_limit_bytes
         self._storages: dict[int, int] = {}
 
     @property
     def num_total_tokens(self) -> int:
-        return self._num_tokens
+        return self._pool.num_total_tokens
 
     @property
     def num_free_tokens(self) -> int:
-        return sum(size for _, size in self._holes)
+        return self._pool.num_free_tokens
 
     @property
     def num_rows(self) -> int:
@@ -76,12 +76,11 @@ class ContextCache:
     def add(self, handle: int, num_tokens: int) -> bool:
         """Reserve ``num_tokens`` for a row; False, and no memory, where no hole is large enough."""
         assert handle not in self._rows, f"row {handle} already has context memory"
-        for index, (start, size) in enumerate(self._holes):
-            if size >= num_tokens:
-                self._holes[index : index + 1] = [(start + num_tokens, size - num_tokens)] if size > num_tokens else []
-                self._rows[handle] = RowContext(start, num_tokens)
-                return True
-        return False
+        start = self._pool.take(num_tokens)
+        if start is None:
+            return False
+        self._rows[handle] = RowContext(start, num_tokens)
+        return True
 
     def get(self, handle: int) -> RowContext | None:
         """The row's memory; None for a row that got none."""
@@ -94,7 +93,7 @@ class ContextCache:
         """Release a row's memory, if it has any."""
         row = self._rows.pop(handle, None)
         if row is not None:
-            self._give_back(row.start, row.capacity)
+            self._pool.give_back(row.start, row.capacity)
             if row.pending:
                 self._count_storages()
 
@@ -117,14 +116,7 @@ class ContextCache:
 
     def check_integrity(self) -> None:
         """Holes and extents tile the pool, no two holes touch, and every row stays within its extent."""
-        taken = [(row.start, row.capacity) for row in self._rows.values()]
-        position, previous_is_hole = 0, False
-        holes = set(self._holes)
-        for start, size in sorted([*taken, *self._holes]):
-            assert start == position, f"context pool has a gap or an overlap at token {position}"
-            assert not (previous_is_hole and (start, size) in holes), f"unmerged holes at token {start}"
-            position, previous_is_hole = start + size, (start, size) in holes
-        assert position == self._num_tokens, f"context pool ends at {position} of {self._num_tokens} tokens"
+        self._pool.check_integrity((row.start, row.capacity) for row in self._rows.values())
         for handle, row in self._rows.items():
             assert row.num_known <= row.capacity, f"row {handle} knows {row.num_known} positions of {row.capacity}"
             assert row.num_pending == sum(part.shape[0] for part in row.pending), f"row {handle} miscounts its features"
@@ -132,12 +124,3 @@ class ContextCache:
     def _count_storages(self) -> None:
         parts = [part for row in self._rows.values() for part in row.pending]
         self._storages = {s.data_ptr(): s.nbytes() for s in (part.untyped_storage() for part in parts)}
-
-    def _give_back(self, start: int, size: int) -> None:
-        at = bisect_left(self._holes, (start, 0))
-        if at < len(self._holes) and self._holes[at][0] == start + size:
-            size += self._holes.pop(at)[1]
-        if at > 0 and sum(self._holes[at - 1]) == start:
-            start, extra = self._holes.pop(at - 1)
-            size += extra
-        insort(self._holes, (start, size))
