@@ -9,21 +9,16 @@
 #include <limits>
 #include <vector>
 
+#include "keys.hpp"
 #include "parallel.hpp"
 #include "vec.hpp"
 
 namespace ds {
 
 constexpr int CHUNK_KEYS = 256;
-constexpr int PACK_KEYS = 32;      // keys side by side in a packed key block: two vectors
 constexpr int QUERY_TILE = 6;      // queries that one micro-kernel call keeps in registers
 constexpr int MAX_SPLIT_TOKENS = 16;  // longer slices are cut by tokens, shorter ones by chunks
 constexpr int TOKEN_TILE = 32;
-constexpr int MAX_HEAD_DIM = 256;
-
-struct Row {
-  int32_t token_start, num_tokens, kv_len, own_start, prefix_start, prefix_len;
-};
 
 struct Shape {
   int32_t num_q_heads, num_kv_heads, head_dim, window;
@@ -55,54 +50,6 @@ struct Plan {
   int partial_stride() const { return shape.head_dim + 2; }
 };
 
-// --- packing -------------------------------------------------------------------------------------------------------
-
-inline void transpose16(const uint32_t* const rows[16], uint32_t* out, int stride) {
-  vu v[16];
-  for (int i = 0; i < 16; i++) std::memcpy(&v[i], rows[i], 64);
-#ifdef DSPARK_AVX512
-  __m512i a[16], b[16];
-  for (int i = 0; i < 16; i += 2) {
-    a[i] = _mm512_unpacklo_epi32((__m512i)v[i], (__m512i)v[i + 1]);
-    a[i + 1] = _mm512_unpackhi_epi32((__m512i)v[i], (__m512i)v[i + 1]);
-  }
-  for (int i = 0; i < 16; i += 4)
-    for (int j = 0; j < 2; j++) {
-      b[i + 2 * j] = _mm512_unpacklo_epi64(a[i + j], a[i + j + 2]);
-      b[i + 2 * j + 1] = _mm512_unpackhi_epi64(a[i + j], a[i + j + 2]);
-    }
-  for (int c = 0; c < 4; c++) {  // b[4q+c] holds columns c, c+4, c+8, c+12 of rows 4q .. 4q+3
-    __m512i x = _mm512_shuffle_i32x4(b[c], b[4 + c], 0x88), y = _mm512_shuffle_i32x4(b[8 + c], b[12 + c], 0x88);
-    __m512i z = _mm512_shuffle_i32x4(b[c], b[4 + c], 0xdd), w = _mm512_shuffle_i32x4(b[8 + c], b[12 + c], 0xdd);
-    _mm512_storeu_si512(out + (c + 0) * stride, _mm512_shuffle_i32x4(x, y, 0x88));
-    _mm512_storeu_si512(out + (c + 8) * stride, _mm512_shuffle_i32x4(x, y, 0xdd));
-    _mm512_storeu_si512(out + (c + 4) * stride, _mm512_shuffle_i32x4(z, w, 0x88));
-    _mm512_storeu_si512(out + (c + 12) * stride, _mm512_shuffle_i32x4(z, w, 0xdd));
-  }
-#else
-  for (int i = 0; i < 16; i++)
-    for (int j = 0; j < 16; j++) out[j * stride + i] = v[i][j];
-#endif
-}
-
-// Where the keys (or values) of positions [k0, k0 + count) lie: at most two contiguous runs.
-template <class T>
-struct Span {
-  const T* base[2];
-  int count[2];
-  const T* at(int i, int dim) const {
-    return i < count[0] ? base[0] + int64_t(i) * dim : base[1] + int64_t(i - count[0]) * dim;
-  }
-};
-
-template <class T>
-inline Span<T> span_of(const T* head, const Row& r, int dim, int k0, int count) {
-  int before = r.prefix_len - k0;
-  before = before < 0 ? 0 : before > count ? count : before;
-  int64_t own = int64_t(r.own_start) + (k0 > r.prefix_len ? k0 - r.prefix_len : 0);
-  return {{head + (int64_t(r.prefix_start) + k0) * dim, head + own * dim}, {before, count - before}};
-}
-
 // Keys and values of the item to come. They are asked for while this one is computed: a chunk is too short for the CPU
 // to see a stream in it, and too long to wait for.
 struct Ahead {
@@ -112,30 +59,6 @@ struct Ahead {
 
 inline void fetch(const char* p, size_t num_bytes) {
   for (size_t b = 0; b < num_bytes; b += 64) __builtin_prefetch(p + b, 0, 2);
-}
-
-// out [blocks][dim cells][PACK_KEYS] cells; keys past `count` are zero.
-template <class T>
-inline void pack_keys(const Span<T>& keys, int count, int dim, float* out) {
-  alignas(64) static const uint32_t zeros[MAX_HEAD_DIM] = {};
-  int cells = dim / per_cell<T>;
-  for (int k = 0; k < count; k += LANES) {
-    float* block = out + int64_t(k / PACK_KEYS) * cells * PACK_KEYS + k % PACK_KEYS;
-    const uint32_t* row[16];
-    for (int i = 0; i < 16; i++)
-      row[i] = k + i < count ? reinterpret_cast<const uint32_t*>(keys.at(k + i, dim)) : zeros;
-    int c = 0;
-    for (; c + 16 <= cells; c += 16) {
-      const uint32_t* from[16];
-      for (int i = 0; i < 16; i++) from[i] = row[i] + c;
-      transpose16(from, reinterpret_cast<uint32_t*>(block) + c * PACK_KEYS, PACK_KEYS);
-    }
-    for (; c < cells; c++)
-      for (int i = 0; i < 16; i++) std::memcpy(block + c * PACK_KEYS + i, row[i] + c, 4);
-  }
-  if ((count + LANES - 1) / LANES % 2)  // the second half of the last block
-    for (int c = 0; c < cells; c++)
-      store(out + (int64_t(count / PACK_KEYS) * cells + c) * PACK_KEYS + LANES, vf{});
 }
 
 // --- one chunk -----------------------------------------------------------------------------------------------------
@@ -165,27 +88,82 @@ inline void score_block(const Query<T>* qs, const float* block, int cells, float
   }
 }
 
-// Sums of p over NV vectors of every value in [k0, k1).
-template <class T, int NQ, int NV>
+// As score_block on keys that are not packed: what one call uses need not be written and read again. Keys past `count`
+// count as zero. Sums run in the same order.
+template <class T, int NQ>
+inline void score_rows(const Query<T>* qs, const Span<T>& keys, int k, int count, int dim, float scale, const Ahead* ahead,
+                       float* s) {
+  alignas(64) static const uint32_t zeros[MAX_HEAD_DIM] = {};
+  const int cells = dim / per_cell<T>;
+  const uint32_t* row[16];
+  for (int i = 0; i < 16; i++)
+    row[i] = k + i < count ? reinterpret_cast<const uint32_t*>(keys.at(k + i, dim)) : zeros;
+  const char* next = ahead && k < ahead->count ? ahead->keys + int64_t(k) * dim * sizeof(T) : nullptr;
+  vf acc[NQ] = {};
+  for (int c = 0; c < cells; c += 4) {
+    if (next) fetch(next + c * 64, 4 * 64);
+    vf column[4];
+    columns4(row, c, column);
+    for (int j = 0; j < 4; j++)
+      for (int i = 0; i < NQ; i++) acc[i] = dot_cell<T>(acc[i], column[j], broadcast_cell(qs[i].q + (c + j) * per_cell<T>));
+  }
+  for (int i = 0; i < NQ; i++) store(s + i * CHUNK_KEYS, acc[i] * scale);
+}
+
+// Two vectors of T at p, as the kernels keep them: in order, or (bf16) the even and the odd elements, which takes no shuffle.
+inline void load_pair(const float* p, vf& a, vf& b) { a = load(p), b = load(p + LANES); }
+inline void load_pair(const bf16* p, vf& a, vf& b) {
+  vu both;
+  std::memcpy(&both, p, 64);
+  a = (vf)(both << 16), b = (vf)(both & 0xffff0000u);
+}
+// Writes sums over such pairs in order.
+inline void store_pair(const float*, float* to, vf a, vf b) { store(to, a), store(to + LANES, b); }
+inline void store_pair(const bf16*, float* to, vf a, vf b) {
+#ifdef DSPARK_AVX512
+  const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  store(to, (vf)_mm512_permutex2var_ps((__m512)a, low, (__m512)b));
+  store(to + LANES, (vf)_mm512_permutex2var_ps((__m512)a, _mm512_add_epi32(low, _mm512_set1_epi32(8)), (__m512)b));
+#else
+  for (int i = 0; i < LANES; i++) to[2 * i] = a[i], to[2 * i + 1] = b[i];
+#endif
+}
+
+// Sums of p over NP pairs of vectors of every value in [k0, k1).
+template <class T, int NQ, int NP>
 inline void value_block(const Query<T>* qs, const Span<T>& values, int dim, int at, int k0, int k1, const float* p,
                         const Ahead* ahead) {
-  vf acc[NQ][NV] = {};
+  vf acc[NQ][2 * NP] = {};
   for (int part = 0; part < 2; part++) {
     int first = part ? values.count[0] : 0, last = part ? values.count[0] + values.count[1] : values.count[0];
     int from = k0 > first ? k0 : first, to = k1 < last ? k1 : last;
     for (int k = from; k < to; k++) {
       const T* v = values.base[part] + int64_t(k - first) * dim + at;
-      if (ahead && k < ahead->count) fetch(ahead->values + (int64_t(k) * dim + at) * sizeof(T), NV * LANES * sizeof(T));
-      vf x[NV];
-      for (int j = 0; j < NV; j++) x[j] = load(v + j * LANES);
+      if (ahead && k < ahead->count)
+        fetch(ahead->values + (int64_t(k) * dim + at) * sizeof(T), 2 * NP * LANES * sizeof(T));
+      vf x[2 * NP];
+      for (int j = 0; j < NP; j++) load_pair(v + 2 * j * LANES, x[2 * j], x[2 * j + 1]);
       for (int i = 0; i < NQ; i++) {
         vf w = splat(p[i * CHUNK_KEYS + k]);
-        for (int j = 0; j < NV; j++) acc[i][j] = fma(w, x[j], acc[i][j]);
+        for (int j = 0; j < 2 * NP; j++) acc[i][j] = fma(w, x[j], acc[i][j]);
       }
     }
   }
   for (int i = 0; i < NQ; i++)
-    for (int j = 0; j < NV; j++) store(qs[i].partial + 2 + at + j * LANES, acc[i][j]);
+    for (int j = 0; j < NP; j++)
+      store_pair(static_cast<const T*>(nullptr), qs[i].partial + 2 + at + 2 * j * LANES, acc[i][2 * j], acc[i][2 * j + 1]);
+}
+
+// The same over the last vector of an odd number.
+template <class T, int NQ>
+inline void value_rest(const Query<T>* qs, const Span<T>& values, int dim, int k0, int k1, const float* p) {
+  const int at = dim - LANES;
+  vf acc[NQ] = {};
+  for (int k = k0; k < k1; k++) {
+    vf x = load(values.at(k, dim) + at);
+    for (int i = 0; i < NQ; i++) acc[i] = fma(splat(p[i * CHUNK_KEYS + k]), x, acc[i]);
+  }
+  for (int i = 0; i < NQ; i++) store(qs[i].partial + 2 + at, acc[i]);
 }
 
 // Scores to exponentials in place; maximum and sum into the partial.
@@ -216,8 +194,16 @@ inline void exponentials(const Query<T>& q, int k0, int k1, float* s) {
   q.partial[1] = hsum(sum);
 }
 
+// Keys of a chunk: packed, or null where they are read as they lie.
+template <class T>
+struct Keys {
+  const float* packed;
+  Span<T> rows;
+  int count;
+};
+
 template <class T, int NQ>
-void chunk_tile(const Query<T>* qs, const float* keys, const Span<T>& values, int dim, float scale, const Ahead* ahead,
+void chunk_tile(const Query<T>* qs, const Keys<T>& keys, const Span<T>& values, int dim, float scale, const Ahead* ahead,
                 float* s) {
   int lo = CHUNK_KEYS, hi = 0, cells = dim / per_cell<T>;
   for (int i = 0; i < NQ; i++) {
@@ -228,18 +214,23 @@ void chunk_tile(const Query<T>* qs, const float* keys, const Span<T>& values, in
   if (lo >= hi) lo = hi = 0;
   int from = lo / PACK_KEYS * PACK_KEYS, to = (hi + PACK_KEYS - 1) / PACK_KEYS * PACK_KEYS;
   for (int k = from; k < to; k += PACK_KEYS) {
+    if (!keys.packed) {
+      score_rows<T, NQ>(qs, keys.rows, k, keys.count, dim, scale, ahead, s + k);
+      score_rows<T, NQ>(qs, keys.rows, k + LANES, keys.count, dim, scale, ahead, s + k + LANES);
+      continue;
+    }
     const char* rows = ahead && k < ahead->count ? ahead->keys + int64_t(k) * dim * sizeof(T) : nullptr;
-    score_block<T, NQ>(qs, keys + int64_t(k) * cells, cells, scale, rows, s + k);
+    score_block<T, NQ>(qs, keys.packed + int64_t(k) * cells, cells, scale, rows, s + k);
   }
   for (int i = 0; i < NQ; i++) exponentials(qs[i], from, to, s + i * CHUNK_KEYS);
   int at = 0;
-  for (; at + 64 <= dim; at += 64) value_block<T, NQ, 4>(qs, values, dim, at, lo, hi, s, ahead);
-  for (; at + 32 <= dim; at += 32) value_block<T, NQ, 2>(qs, values, dim, at, lo, hi, s, ahead);
-  for (; at < dim; at += 16) value_block<T, NQ, 1>(qs, values, dim, at, lo, hi, s, ahead);
+  for (; at + 64 <= dim; at += 64) value_block<T, NQ, 2>(qs, values, dim, at, lo, hi, s, ahead);
+  for (; at + 32 <= dim; at += 32) value_block<T, NQ, 1>(qs, values, dim, at, lo, hi, s, ahead);
+  if (at < dim) value_rest<T, NQ>(qs, values, dim, lo, hi, s);
 }
 
 template <class T>
-void chunk_attend(const Query<T>* qs, int num, const float* keys, const Span<T>& values, int dim, float scale,
+void chunk_attend(const Query<T>* qs, int num, const Keys<T>& keys, const Span<T>& values, int dim, float scale,
                   const Ahead* ahead) {
   alignas(64) float s[QUERY_TILE * CHUNK_KEYS];
   int i = 0;
@@ -350,9 +341,10 @@ struct Attend {
       }
       const Row& r = plan.rows[plan.order[item.row]];
       Span<T> values = span_of(head(v, item.kv_head), r, dim, k0, last);
-      pack_keys(span_of(head(k, item.kv_head), r, dim, k0, last), last, dim, keys);
+      Keys<T> chunk_keys{n > QUERY_TILE ? keys : nullptr, span_of(head(k, item.kv_head), r, dim, k0, last), last};
+      if (chunk_keys.packed) pack_keys(chunk_keys.rows, last, dim, keys);
       const bool is_last = chunk + 1 == item.chunk0 + item.num_chunks;
-      chunk_attend(qs.data(), n, keys, values, dim, plan.shape.scale, next && is_last ? &ahead : nullptr);
+      chunk_attend(qs.data(), n, chunk_keys, values, dim, plan.shape.scale, next && is_last ? &ahead : nullptr);
       if (!item.split)
         for (int i = 0; i < n; i++) fold(totals + i * stride, qs[i].partial, dim);
     }

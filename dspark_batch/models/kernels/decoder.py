@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from dspark_batch.models.kernels.library import AttentionPlan, Kernels
+from dspark_batch.models.kernels.library import AttentionPlan, AttentionShape, Kernels, NativeRow
 from dspark_batch.models.kernels.packed import PackedLinear
 
 
@@ -88,8 +88,15 @@ class NativeLayers:
         cos: Tensor,
         sin: Tensor,
     ) -> None:
-        self._kernels, self._shape = kernels, shape
-        self._is_bf16, self._cache_tokens = int(k.dtype == torch.bfloat16), k.shape[2]
+        self._kernels = kernels
+        self._is_bf16 = int(k.dtype == torch.bfloat16)
+        self._attention = AttentionShape(
+            num_q_heads=shape.num_heads,
+            num_kv_heads=shape.num_kv_heads,
+            head_dim=shape.head_dim,
+            cache_tokens=k.shape[2],
+            norm_eps=shape.norm_eps,
+        )
         self._windows = list(dict.fromkeys(layer.window for layer in layers))
         self._kept_alive = (tuple(layers), final_norm, k, v, cos, sin)
         self._layer_args = (_LayerArgs * len(layers))(
@@ -109,14 +116,14 @@ class NativeLayers:
         )
 
     def forward(
-        self, x: Tensor, rows: Sequence[tuple[int, int, int, int, int]], keep: Tensor, *, taps: Sequence[int] = ()
+        self, x: Tensor, rows: Sequence[NativeRow], keep: Tensor, *, taps: Sequence[int] = ()
     ) -> tuple[Tensor, Tensor | None]:
         """Hidden states of the tokens ``keep``, and the tapped features.
 
-        x: [T, H] embeddings, overwritten. rows: see ``AttentionPlan``. keep: [N] int64, increasing.
+        x: [T, H] embeddings, overwritten. rows: see ``NativeRow``. keep: [N] int64, increasing.
         taps: distinct layers whose outputs are wanted (-1: the embeddings). Returns [N, H], and [T, taps * H] or None.
         """
-        plans = [self._plan(rows, window) for window in self._windows]
+        plans = [AttentionPlan(self._kernels, rows, self._attention, window=window) for window in self._windows]
         handles = (ctypes.c_void_p * len(plans))(*(plan.handle for plan in plans))
         out = x.new_empty((keep.shape[0], x.shape[1]))
         features = x.new_empty((x.shape[0], len(taps) * x.shape[1])) if taps else None
@@ -136,20 +143,6 @@ class NativeLayers:
         )
         self._kernels.lib.ds_step(self._is_bf16, ctypes.byref(self._model_args), ctypes.byref(step))
         return out, features
-
-    def _plan(self, rows: Sequence[tuple[int, int, int, int, int]], window: int | None) -> AttentionPlan:
-        shape = self._shape
-        return AttentionPlan(
-            self._kernels,
-            rows,
-            num_q_heads=shape.num_heads,
-            num_kv_heads=shape.num_kv_heads,
-            head_dim=shape.head_dim,
-            cache_tokens=self._cache_tokens,
-            scale=shape.head_dim**-0.5,
-            window=window,
-            norm_eps=shape.norm_eps,
-        )
 
     def _arguments(self, layer: NativeLayer, k: Tensor, v: Tensor) -> _LayerArgs:
         products = {"qkv": layer.qkv, "output": layer.output, "gate_up": layer.gate_up, "down": layer.down}

@@ -6,8 +6,10 @@ import ctypes
 import logging
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -126,12 +128,27 @@ class Kernels:
         return tokens
 
 
-class AttentionPlan:
-    """The rows of one step, for every layer with the same window. Owns its memory; freed with the object.
+NativeRow: TypeAlias = tuple[int, int, int, int, int]
+"""(num_tokens, kv_len, own_start, prefix_start, prefix_len): position p of a row is at token ``prefix_start + p`` of
+the cache below ``prefix_len``, at ``own_start + p - prefix_len`` from there on."""
 
-    rows: (num_tokens, kv_len, own_start, prefix_start, prefix_len) of each row in flat order: position p of a row is at
-    token ``prefix_start + p`` of the cache below ``prefix_len``, at ``own_start + p - prefix_len`` from there on.
-    ``window``: a token sees that many positions, its own included; None for all.
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionShape:
+    """Heads of a layer, and the tokens of its cache. norm_eps: of the head norms."""
+
+    num_q_heads: int
+    num_kv_heads: int
+    head_dim: int
+    cache_tokens: int
+    norm_eps: float = 1e-6
+
+
+class AttentionPlan:
+    """The rows of one step, in flat order, for every layer with the same window. Owns its memory, freed with it.
+
+    ``window``: a token sees that many positions, its own included; None for all. Scores are divided by the square root
+    of the head's width.
     """
 
     __slots__ = ("_free", "handle", "num_tokens")
@@ -139,21 +156,24 @@ class AttentionPlan:
     def __init__(
         self,
         kernels: Kernels,
-        rows: Sequence[tuple[int, int, int, int, int]],
+        rows: Sequence[NativeRow],
+        shape: AttentionShape,
         *,
-        num_q_heads: int,
-        num_kv_heads: int,
-        head_dim: int,
-        cache_tokens: int,
-        scale: float,
         window: int | None = None,
-        norm_eps: float = 1e-6,
     ) -> None:
-        shape = _Shape(num_q_heads, num_kv_heads, head_dim, window or 0, cache_tokens, scale, norm_eps)
+        native = _Shape(
+            num_q_heads=shape.num_q_heads,
+            num_kv_heads=shape.num_kv_heads,
+            head_dim=shape.head_dim,
+            window=window or 0,
+            cache_tokens=shape.cache_tokens,
+            scale=shape.head_dim**-0.5,
+            norm_eps=shape.norm_eps,
+        )
         flat = [value for row in rows for value in (0, *row)]
         array = (ctypes.c_int32 * len(flat))(*flat)
         self._free = kernels.lib.ds_plan_free
-        self.handle: int | None = kernels.lib.ds_plan_new(ctypes.byref(shape), array, len(rows))
+        self.handle: int | None = kernels.lib.ds_plan_new(ctypes.byref(native), array, len(rows))
         if self.handle is None:
             raise MemoryError(f"no memory for the attention plan of {len(rows)} rows")
         self.num_tokens = sum(row[0] for row in rows)
