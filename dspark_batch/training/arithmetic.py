@@ -10,7 +10,9 @@ _FORWARD, _TRAINED, _FROZEN = 2, 6, 4
 """Operations per weight and input: a product; a product with both gradients; one with the gradient of its input."""
 
 
-def drafter_flops(config: DSparkConfig, *, num_slots: int, num_context_tokens: int, num_attended: int) -> int:
+def drafter_flops(
+    config: DSparkConfig, *, num_slots: int, slots_per_block: int, num_context_tokens: int, num_attended: int
+) -> int:
     """Of forward and backward. num_attended: pairs of a block and a context token that it sees."""
     shapes = backbone_shapes(config)
     sizes = {name: shape[0] * shape[1] for name, shape in shapes.items() if len(shape) == 2}
@@ -21,7 +23,7 @@ def drafter_flops(config: DSparkConfig, *, num_slots: int, num_context_tokens: i
     per_slot = _TRAINED * (blocks + w2) + _FROZEN * head
     per_token = _TRAINED * (sizes["fc.weight"] + kv)
     width = config.num_layers * config.num_heads * config.head_dim
-    attention = _TRAINED * 2 * width * (config.block_size * num_attended + config.block_size * num_slots)
+    attention = _TRAINED * 2 * width * slots_per_block * (num_attended + num_slots)
     return num_slots * per_slot + num_context_tokens * per_token + attention
 
 

@@ -1,53 +1,65 @@
-"""Attention of packed blocks: each block sees its own row before its anchor, and itself. Nothing else, by
-construction."""
+"""Attention of packed blocks: each block sees its own row before its anchor, and itself. Nothing else."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from dspark_batch.training.packing import ContextSpan
+
+_BLOCKS_AT_ONCE = {"cpu": 32, "cuda": 256}
+"""Blocks of one row that attend together; each computes, and masks, the slots of the others."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Part:
+    """Blocks of one row. slots, context: their places in the flat batch. mask: [slots, context + slots] to add."""
+
+    slots: slice
+    context: slice
+    mask: Tensor
 
 
 class PackedAttention:
     """An ``Attend`` of ``drafters.dspark.backbone`` that can be differentiated.
 
-    spans: rows of the batch. anchors: [A] positions on the device. k, v: [L, C, Hkv, D] of the flat context.
+    spans: rows of the batch. anchors: [A] increasing positions within each span, on the host. k, v: [L, C, Hkv, D] of
+    the flat context.
     """
 
     def __init__(self, spans: Sequence[ContextSpan], anchors: Tensor, k: Tensor, v: Tensor, *, block_size: int) -> None:
-        self._spans, self._k, self._v, self._size = spans, k, v, block_size
-        # True where a block must not look: [blocks, 1, tokens] per span.
-        self._hidden = [
-            torch.arange(span.num_tokens, device=k.device) >= anchors[span.first_block :][: span.num_blocks, None, None]
-            for span in spans
-        ]
+        self._k, self._v = k, v
+        self._parts = [part for span in spans for part in _parts(span, anchors, block_size, like=k)]
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q: [A * B, Hq, D]; k, v: [A * B, Hkv, D]; all rotated. -> [A * B, Hq * D]."""
-        out = [self._span(layer, i, q, k, v) for i in range(len(self._spans))]
-        return torch.cat(out)
+        return torch.cat([self._attend(layer, part, q, k, v) for part in self._parts])
 
-    def _span(self, layer: int, index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        span, size = self._spans[index], self._size
-        slots = slice(span.first_block * size, (span.first_block + span.num_blocks) * size)
-        tokens = slice(span.first_token, span.first_token + span.num_tokens)
-        num_kv_heads, head_dim = k.shape[1:]
-        # [Hkv, G, blocks, B, D]: the heads of a group and all slots are rows of one product with the row's keys.
-        queries = q[slots].view(span.num_blocks, size, num_kv_heads, -1, head_dim).permute(2, 3, 0, 1, 4)
-        queries = queries / math.sqrt(head_dim)
-        own_k, own_v = (x[slots].view(span.num_blocks, size, num_kv_heads, head_dim) for x in (k, v))
-        own_k, own_v = own_k.permute(2, 0, 3, 1).unsqueeze(1), own_v.permute(2, 0, 1, 3).unsqueeze(1)
-        keys, values = self._k[layer, tokens].permute(1, 2, 0), self._v[layer, tokens].transpose(0, 1)
-        flat = queries.reshape(num_kv_heads, -1, head_dim)
-        shape = queries.shape[:-1]
-        seen = (flat @ keys).view(*shape, span.num_tokens).masked_fill(self._hidden[index], -math.inf)
-        scores = torch.cat((seen, queries @ own_k), dim=-1)
-        weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(v.dtype)
-        context, block = torch.split(weights, [span.num_tokens, size], dim=-1)
-        y = (context.reshape(num_kv_heads, -1, span.num_tokens) @ values).view(*shape, head_dim) + block @ own_v
-        flat_out: Tensor = y.permute(2, 3, 0, 1, 4).reshape(span.num_blocks * size, -1)
-        return flat_out
+    def _attend(self, layer: int, part: _Part, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        keys, values = (
+            torch.cat((context[layer, part.context], own[part.slots])) for context, own in ((self._k, k), (self._v, v))
+        )
+        num_groups = q.shape[1] // k.shape[1]
+        if num_groups > 1:
+            keys, values = keys.repeat_interleave(num_groups, dim=1), values.repeat_interleave(num_groups, dim=1)
+        query, key, value = (x.transpose(0, 1).unsqueeze(0) for x in (q[part.slots], keys, values))
+        y = functional.scaled_dot_product_attention(query, key, value, attn_mask=part.mask)
+        return y[0].transpose(0, 1).flatten(1)
+
+
+def _parts(span: ContextSpan, anchors: Tensor, block_size: int, *, like: Tensor) -> Iterator[_Part]:
+    at_once = _BLOCKS_AT_ONCE[like.device.type]
+    end = span.first_block + span.num_blocks
+    for first in range(span.first_block, end, at_once):
+        chosen = anchors[first : min(first + at_once, end)]
+        num_tokens = int(chosen[-1])
+        own = torch.arange(len(chosen)).repeat_interleave(block_size)
+        hidden = torch.cat((torch.arange(num_tokens) >= chosen[own][:, None], own != own[:, None]), dim=1)
+        mask = torch.zeros(hidden.shape, dtype=like.dtype).masked_fill_(hidden, -math.inf)
+        slots = slice(first * block_size, (first + len(chosen)) * block_size)
+        yield _Part(slots, slice(span.first_token, span.first_token + num_tokens), mask.to(like.device))

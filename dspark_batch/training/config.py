@@ -29,6 +29,9 @@ class SampledSource(Section):
     max_new_tokens: int = Field(default=160, ge=1, description="longer prompts are dropped")
     min_characters: int = Field(default=12, ge=1)
     openings: list[str] = Field(default_factory=lambda: [""], min_length=1, description="how user turns begin, in turn")
+    endings: dict[str, str] = Field(
+        default_factory=dict, description="by opening: text put after the turn, such as how to answer"
+    )
     seed: int = 1
     samples_per_part: int = Field(default=4096, ge=1, description="a killed stage loses one part")
 
@@ -56,34 +59,53 @@ class ResponsesSection(Section):
     top_p: float = Field(default=1.0, gt=0, le=1)
     seed: int = 2
     rows_per_part: int = Field(default=512, ge=1, description="prompts per saved part; a killed stage loses one part")
+    kept_taps: list[int] = Field(
+        default_factory=list,
+        description="target layers whose outputs are written beside the responses, the last layer always among them: "
+        "training then need not run the target; []: none",
+    )
 
 
 class DrafterSection(Section):
     num_layers: int = Field(default=2, ge=1)
     block_size: int = Field(default=5, ge=1, le=64, description="γ, tokens drafted in one block")
     taps: list[int] | None = Field(default=None, description="target layers read as features; null: 3, spread evenly")
+    num_kv_heads: int | None = Field(default=None, ge=1, description="a divisor of its heads; null: the target's")
     markov: MarkovName = "vanilla"
     markov_rank: int = Field(default=64, ge=1)
     draft_vocab_size: int | None = Field(default=8192, ge=2, description="most frequent tokens; null: all")
     mask_token_id: int | None = Field(default=None, ge=0, description="null: a token that no response uses")
-    init: Literal["target", "random"] = Field(default="target", description="target: its last layers")
+    init: Literal["fitted", "target", "random"] = Field(
+        default="target",
+        description="target: its last layers. fitted: a first layer that predicts the target's features by least "
+        "squares, and below it the target's last layers",
+    )
 
 
 class OptimizeSection(Section):
     num_steps: int = Field(default=1000, ge=1)
     anchors_per_step: int = Field(default=512, ge=1, description="blocks in one batch")
     anchors_per_sequence: int | None = Field(default=None, ge=1, description="drawn anew each epoch; null: all")
+    prompt_anchors: bool = Field(default=False, description="blocks start in prompts too, past what all rows share")
     max_sequence_tokens: int = Field(default=1024, ge=8, description="longer rows are cut")
     learning_rate: float = Field(default=6e-4, gt=0)
     warmup_fraction: float = Field(default=0.04, ge=0, lt=1)
-    decay: Literal["cosine", "linear"] = "cosine"
+    decay: Literal["cosine", "linear", "late"] = Field(default="cosine", description="late: linear at the end only")
+    late_fraction: float = Field(default=0.3, gt=0, le=1, description="last part of the steps, of a late decay")
     final_fraction: float = Field(default=0.0, ge=0, le=1, description="last learning rate, as a part of the highest")
     weight_decay: float = Field(default=0.01, ge=0)
     clip_norm: float = Field(default=1.0, gt=0)
     ce_weight: float = Field(default=0.1, ge=0)
+    soft_ce_weight: float = Field(default=0.0, ge=0, description="of the cross-entropy with all of the target's p")
     distance_weight: float = Field(default=0.9, ge=0)
     confidence_weight: float = Field(default=1.0, ge=0)
     decay_tokens: float | None = Field(default=None, gt=0, description="slot k weighs exp(-(k-1)/this); null: γ")
+    reach_weight: float = Field(
+        default=0.0, ge=0, le=1, description="part of a slot's weight that goes with its chance to be reached"
+    )
+    single_slot_fraction: float = Field(
+        default=0.0, ge=0, le=1, description="first part of the steps, with blocks of one slot and γ times as many"
+    )
     seed: int = 3
     log_every: int = Field(default=10, ge=1, description="steps per line of the loss curve")
     save_every: int = Field(default=100, ge=1, description="steps between saved states; a multiple of log_every")

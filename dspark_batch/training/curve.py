@@ -16,7 +16,8 @@ CURVE_FILE = "curve.jsonl"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CurvePoint:
-    """Means over the steps since the point before. acceptance: per slot, 1 - ½ Σ|p_d - p_t|; hits: per slot, share
+    """Means over the steps since the point before. soft_ce: the cross-entropy with the target's distribution.
+    acceptance: per slot, 1 - ½ Σ|p_d - p_t|; hits: per slot, share
     whose best token is the target's. estimated_length: 1 + Σ of the running products of hits, what greedy decoding
     would accept if slots were independent. num_positions: slots trained on; flops: what they needed, the target's
     passes included."""
@@ -24,6 +25,7 @@ class CurvePoint:
     step: int
     loss: float
     ce: float
+    soft_ce: float
     distance: float
     confidence: float
     acceptance: tuple[float, ...]

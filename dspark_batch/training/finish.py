@@ -23,10 +23,10 @@ from dspark_batch.training.trainer import Trainer
 HELD_OUT = "held-out"
 
 
-def evaluate_and_calibrate(
+def evaluate(
     config: TrainConfig, drafter: Path, held_out: Sequence[TokenRow], *, say: Callable[[str], None]
-) -> tuple[tuple[Acceptance, ...], CalibrationReport | None]:
-    """Accepted lengths on every set and on the held-out prompts; the calibration is fitted on the latter.
+) -> tuple[Evaluator, tuple[Acceptance, ...]]:
+    """Accepted lengths on every set of the config and on the held-out prompts, at every temperature.
 
     Raises:
         ConfigError, InputError: a set cannot be read.
@@ -45,10 +45,18 @@ def evaluate_and_calibrate(
         for temperature in section.temperatures:
             results.append(evaluator.acceptance(name, prompts, temperature=temperature))
             say(f"{name}, T={temperature:g}: accepted length {results[-1].accepted_length:.3f}")
+    return evaluator, tuple(results)
+
+
+def evaluate_and_calibrate(
+    config: TrainConfig, drafter: Path, held_out: Sequence[TokenRow], *, say: Callable[[str], None]
+) -> tuple[tuple[Acceptance, ...], CalibrationReport | None]:
+    """As :func:`evaluate`, and a calibration that is fitted on the held-out prompts. Raises likewise."""
+    evaluator, results = evaluate(config, drafter, held_out, say=say)
     rounds: list[DraftedRound] = []
-    for temperature in section.temperatures if held_out else ():
+    for temperature in config.evaluate.temperatures if held_out else ():
         rounds += evaluator.rounds(held_out, temperature=temperature)
-    return tuple(results), calibrate(rounds, num_slots=evaluator.num_slots)
+    return results, calibrate(rounds, num_slots=evaluator.num_slots)
 
 
 def finished_card(

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 from dspark_batch.core import Request, Result
 from dspark_batch.engine.config import EngineConfig
+from dspark_batch.errors import ConfigError, Problem
 from dspark_batch.models.text import TextCodec
+from dspark_batch.training.features import FeatureRecorder
 
 Generate = Callable[[Iterable[Request]], Iterator[Result]]
 """Requests to results, in whatever order they finish. Failed rows come out with an error."""
@@ -16,16 +18,23 @@ Generate = Callable[[Iterable[Request]], Iterator[Result]]
 
 @dataclass(frozen=True, slots=True)
 class Generator:
-    """generate: plain decoding by the target. codec: its tokenizer; None where it has none."""
+    """generate: plain decoding by the target. codec: its tokenizer; None where it has none. recorder: what its layers
+    said of finished rows, where that is kept."""
 
     generate: Generate
     codec: TextCodec | None
     eos_token_ids: tuple[int, ...]
+    recorder: FeatureRecorder | None = None
 
 
 @contextmanager
-def open_generator(config: EngineConfig) -> Iterator[Generator]:
-    """Load the target into an engine, and free it at the end. Raises ConfigError, ModelError."""
+def open_generator(config: EngineConfig, *, kept_taps: Sequence[int] = ()) -> Iterator[Generator]:
+    """Load the target into an engine, and free it at the end. kept_taps: record these layers and the last one.
+
+    Raises:
+        ConfigError: a layer to be kept does not exist, or as the engine says.
+        ModelError: the target cannot be loaded.
+    """
     import torch
 
     from dspark_batch.engine.engine import BatchEngine
@@ -34,5 +43,11 @@ def open_generator(config: EngineConfig) -> Iterator[Generator]:
     if isinstance(config.threads, int):
         torch.set_num_threads(config.threads)
     loaded = load_target(config)
-    with BatchEngine(loaded, config) as engine:
-        yield Generator(engine.stream, loaded.codec, loaded.eos_token_ids)
+    recorder = None
+    if kept_taps:
+        last = loaded.target.spec.num_layers - 1
+        if not all(-1 <= tap <= last for tap in kept_taps):
+            raise ConfigError([Problem("responses.kept_taps", f"{list(kept_taps)} must lie in -1 .. {last}")])
+        recorder = FeatureRecorder(tuple(sorted({*kept_taps, last})))
+    with BatchEngine(loaded, config, drafter=recorder) as engine:
+        yield Generator(engine.stream, loaded.codec, loaded.eos_token_ids, recorder)

@@ -15,11 +15,13 @@ from dspark_batch.drafters.dspark.config import DSparkConfig
 from dspark_batch.errors import ConfigError, Problem
 from dspark_batch.models.families import DecoderSpec
 from dspark_batch.models.weights import read_tensors
+from dspark_batch.training.bigrams import bigram_factors
 from dspark_batch.training.config import DrafterSection
 from dspark_batch.training.sequences import TokenRow
 
 DEFAULT_NUM_TAPS = 3
 _STD = 0.02
+_BIGRAM_SHARE = 0.5
 _LAYER_TENSORS = (
     "input_layernorm",
     "post_attention_layernorm",
@@ -84,6 +86,15 @@ def drafter_config(
         mask = int(spec.vocab_size - 1 - np.argmin(counts[::-1]))
     elif mask >= spec.vocab_size:
         problems.append(Problem("drafter.mask_token_id", f"{mask} is outside the vocabulary of {spec.vocab_size}"))
+    num_kv_heads = section.num_kv_heads or spec.num_kv_heads
+    if spec.num_heads % num_kv_heads or num_kv_heads % spec.num_kv_heads:
+        problems.append(
+            Problem(
+                "drafter.num_kv_heads",
+                f"{num_kv_heads} must be a multiple of the target's {spec.num_kv_heads} and divide its "
+                f"{spec.num_heads} heads",
+            )
+        )
     if problems:
         raise ConfigError(problems)
     reduced = section.draft_vocab_size
@@ -92,7 +103,7 @@ def drafter_config(
         intermediate_size=spec.intermediate_size,
         num_layers=section.num_layers,
         num_heads=spec.num_heads,
-        num_kv_heads=spec.num_kv_heads,
+        num_kv_heads=num_kv_heads,
         head_dim=spec.head_dim,
         norm_eps=spec.norm_eps,
         vocab_size=spec.vocab_size,
@@ -111,22 +122,62 @@ def drafter_config(
     )
 
 
-def initial_tensors(config: DSparkConfig, spec: DecoderSpec, *, folder: Path | None, seed: int) -> dict[str, Tensor]:
+def initial_tensors(
+    config: DSparkConfig,
+    spec: DecoderSpec,
+    *,
+    folder: Path | None,
+    seed: int,
+    rows: Sequence[TokenRow] = (),
+    token_ids: Tensor | None = None,
+) -> dict[str, Tensor]:
     """First weights, float32 on the CPU. folder: the target's, to start from its last layers; None: random.
 
     From the target: its last layers and final norm; queries and keys, which the drafter normalises per head, keep the
     size that the target's have for inputs of size one; features start as the deepest tapped layer.
+    The sequential head starts from the bigrams of ``rows``, at half of their size, since slots know some of it already.
     """
     generator = torch.Generator().manual_seed(seed)
     tensors = {name: _random(name, shape, generator) for name, shape in expected_shapes(config).items()}
-    # The bias starts at nothing, and the confidence head at even odds.
-    tensors["markov_head.markov_w2.weight"].zero_()
+    # The confidence head starts at even odds.
     for name in tensors:
         if name.startswith("confidence_head"):
             tensors[name].zero_()
+    tensors |= _sequential(config, tensors, rows, token_ids, generator)
     if folder is not None:
         tensors |= _from_target(config, spec, folder, tensors)
     return tensors
+
+
+def _sequential(
+    config: DSparkConfig,
+    tensors: Mapping[str, Tensor],
+    rows: Sequence[TokenRow],
+    token_ids: Tensor | None,
+    generator: torch.Generator,
+) -> dict[str, Tensor]:
+    """The bias by bigrams; without rows, none."""
+    w1, w2 = tensors["markov_head.markov_w1.weight"].clone(), tensors["markov_head.markov_w2.weight"]
+    rank = config.markov_rank
+    if not rows:
+        return {"markov_head.markov_w2.weight": torch.zeros_like(w2)}
+    columns = draft_columns(config.vocab_size, token_ids)
+    seen, some, w2 = bigram_factors(rows, columns=columns, rank=rank, generator=generator)
+    w1[seen] = some
+    out = {"markov_head.markov_w1.weight": w1, "markov_head.markov_w2.weight": w2 * _BIGRAM_SHARE}
+    if config.markov == "rnn":
+        joint = tensors["markov_head.joint_proj.weight"].clone()
+        joint[2 * rank :, rank : 2 * rank] += torch.eye(rank)
+        out["markov_head.joint_proj.weight"] = joint
+    return out
+
+
+def draft_columns(vocab_size: int, token_ids: Tensor | None) -> Tensor:
+    """[V] int64: the draft column of each token of the target, -1 without one. token_ids: [Vd]; None for all."""
+    if token_ids is None:
+        return torch.arange(vocab_size)
+    columns = torch.full((vocab_size,), -1, dtype=torch.int64)
+    return columns.index_copy_(0, token_ids.cpu(), torch.arange(len(token_ids)))
 
 
 def _random(name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
@@ -147,6 +198,9 @@ def _from_target(
     for layer, source in enumerate(sources):
         for part in _LAYER_TENSORS:
             out[f"layers.{layer}.{part}.weight"] = found[f"model.layers.{source}.{part}.weight"]
+        for part in ("k_proj", "v_proj"):
+            name = f"layers.{layer}.self_attn.{part}.weight"
+            out[name] = _shared_heads(out[name], config, num_copies=config.num_kv_heads // spec.num_kv_heads)
         for part in "qk":
             name = f"model.layers.{source}.self_attn.{part}_norm.weight"
             size = found[name] if spec.qk_norm else _head_size(out, layer, part, config)
@@ -155,6 +209,12 @@ def _from_target(
     fc = tensors["fc.weight"].clone() * 0.1
     fc[:, -config.hidden_size :] += torch.eye(config.hidden_size)
     return out | {"fc.weight": fc}
+
+
+def _shared_heads(weight: Tensor, config: DSparkConfig, *, num_copies: int) -> Tensor:
+    """Key or value heads that several query heads share, as one head for each part of those."""
+    heads = weight.view(-1, config.head_dim, weight.shape[1])
+    return heads.repeat_interleave(num_copies, dim=0).flatten(0, 1)
 
 
 def _head_size(out: Mapping[str, Tensor], layer: int, part: str, config: DSparkConfig) -> Tensor:

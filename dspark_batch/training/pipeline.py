@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from dspark_batch.drafters.dspark.checkpoint import save_checkpoint
@@ -104,17 +105,18 @@ def _data_stages(config: TrainConfig, folders: Folders, wanted: Sequence[str], d
     is_complete = prompts is not None and not missing_parts(_unanswered(prompts), config.responses, folders.responses)
     if is_complete or (prompts is not None and "responses" not in wanted):
         return
-    with open_generator(config.engine_config()) as generator:
-        if prompts is None:
+    if prompts is None:
+        with open_generator(config.engine_config()) as generator:
             prompts = _all_prompts(config, generator, folders.prompts, deadline)
-            write_rows(part_file(folders.prompts, 0), prompts)
-            num_answered = len(prompts) - len(_unanswered(prompts))
-            say(f"{len(prompts)} distinct prompts, {num_answered} with the responses of a job")
-        if "responses" in wanted:
+        write_rows(part_file(folders.prompts, 0), prompts)
+        num_answered = len(prompts) - len(_unanswered(prompts))
+        say(f"{len(prompts)} distinct prompts, {num_answered} with the responses of a job")
+    if "responses" in wanted and missing_parts(_unanswered(prompts), config.responses, folders.responses):
+        with open_generator(config.engine_config(), kept_taps=config.responses.kept_taps) as generator:
             generate_responses(
                 _unanswered(prompts),
                 config.responses,
-                generator.generate,
+                generator,
                 folder=folders.responses,
                 deadline=deadline,
                 on_part=lambda done, total, tokens: say(f"responses: part {done} of {total}, {tokens:,} tokens"),
@@ -122,7 +124,7 @@ def _data_stages(config: TrainConfig, folders: Folders, wanted: Sequence[str], d
 
 
 def _all_prompts(config: TrainConfig, generator: Generator, folder: Path, deadline: Deadline) -> list[TokenRow]:
-    """Distinct prompts of all sources, numbered; those of a job come with their responses."""
+    """Distinct prompts of all sources, mixed and numbered; those of a job come with their responses."""
     section, rows = config.prompts, []
     if section.job is not None:
         rows += job_rows(section.job, generator.codec, eos_token_ids=generator.eos_token_ids)
@@ -137,9 +139,10 @@ def _all_prompts(config: TrainConfig, generator: Generator, folder: Path, deadli
             distinct.setdefault(key, row)
     if not distinct:
         raise InputError("the prompts section gave no prompt at all; check its sources")
-    return [
-        TokenRow(f"p{i:07d}", row.token_ids, row.prompt_len, row.temperature) for i, row in enumerate(distinct.values())
-    ]
+    # Mixed, so that the first parts of the responses are like the rest.
+    found = list(distinct.values())
+    mixed = [found[i] for i in np.random.default_rng(config.responses.seed).permutation(len(found))]
+    return [TokenRow(f"p{i:07d}", row.token_ids, row.prompt_len, row.temperature) for i, row in enumerate(mixed)]
 
 
 def _unanswered(prompts: Sequence[TokenRow]) -> list[TokenRow]:
@@ -158,7 +161,8 @@ def split_rows(config: TrainConfig, rows: Sequence[TokenRow]) -> tuple[list[Toke
     )
 
 
-def _rows(config: TrainConfig, folders: Folders) -> tuple[list[TokenRow], list[TokenRow]]:
+def training_rows(config: TrainConfig, folders: Folders) -> tuple[list[TokenRow], list[TokenRow]]:
+    """(rows to train on, held-out rows) of the stages that are done. Raises InputError where there are none."""
     answered = [row for row in read_rows(folders.prompts) if row.num_response_tokens]
     rows = usable_rows([*answered, *read_rows(folders.responses)], max_tokens=config.optimize.max_sequence_tokens)
     if not rows:
@@ -166,7 +170,8 @@ def _rows(config: TrainConfig, folders: Folders) -> tuple[list[TokenRow], list[T
     return split_rows(config, rows)
 
 
-def _trainer(config: TrainConfig, folders: Folders, rows: Sequence[TokenRow]) -> tuple[Trainer, str]:
+def open_trainer(config: TrainConfig, folders: Folders, rows: Sequence[TokenRow]) -> tuple[Trainer, str]:
+    """A trainer that goes on from the saved state, if any, and the target's fingerprint."""
     device = resolve_device(config.run.device)
     loaded = load_teacher(
         config.model,
@@ -179,13 +184,13 @@ def _trainer(config: TrainConfig, folders: Folders, rows: Sequence[TokenRow]) ->
     digest = fingerprint(
         {"rows": [[row.id, len(row.token_ids)] for row in rows], "target": loaded.fingerprint, **fields}
     )
-    trainer = make_trainer(config, loaded, rows, folder=folders.training, identity=digest)
+    trainer = make_trainer(config, loaded, rows, folder=folders.training, kept=folders.responses, identity=digest)
     return trainer, loaded.fingerprint
 
 
 def _train_stage(config: TrainConfig, folders: Folders, deadline: Deadline, progress: Progress) -> None:
-    rows, _ = _rows(config, folders)
-    trainer, _ = _trainer(config, folders, rows)
+    rows, _ = training_rows(config, folders)
+    trainer, _ = open_trainer(config, folders, rows)
     num_tokens = sum(row.num_response_tokens for row in rows)
     if not trainer.is_finished:
         progress.say(f"training on {len(rows)} rows, {num_tokens:,} response tokens, from step {trainer.progress.step}")
@@ -194,7 +199,7 @@ def _train_stage(config: TrainConfig, folders: Folders, deadline: Deadline, prog
     finally:
         _draw(folders, progress.say)
     if not (folders.drafter / "config.json").is_file():
-        _write(trainer, folders)
+        write_drafter(trainer, folders.drafter)
 
 
 def _draw(folders: Folders, say: Say) -> None:
@@ -206,19 +211,20 @@ def _draw(folders: Folders, say: Say) -> None:
         say(f"no picture of the loss curve: {error}")
 
 
-def _write(trainer: Trainer, folders: Folders, *, temperatures: tuple[float, ...] = ()) -> None:
+def write_drafter(trainer: Trainer, folder: Path, *, temperatures: tuple[float, ...] = ()) -> None:
+    """The trainer's weights as a checkpoint. Raises OSError."""
     student = trainer.student
     config = replace(student.config, confidence_temperatures=temperatures)
-    save_checkpoint(folders.drafter, config, student.parameters, token_ids=student.token_ids)
+    save_checkpoint(folder, config, student.parameters, token_ids=student.token_ids)
 
 
 def _evaluate_stage(config: TrainConfig, folders: Folders, say: Say) -> None:
-    rows, held_out = _rows(config, folders)
-    trainer, target = _trainer(config, folders, rows)
-    _write(trainer, folders)
+    rows, held_out = training_rows(config, folders)
+    trainer, target = open_trainer(config, folders, rows)
+    write_drafter(trainer, folders.drafter)
     acceptance, calibration = evaluate_and_calibrate(config, folders.drafter, held_out, say=say)
     if calibration is not None:
-        _write(trainer, folders, temperatures=calibration.temperatures)
+        write_drafter(trainer, folders.drafter, temperatures=calibration.temperatures)
     finished_card(config, trainer, rows, target, acceptance, calibration, folder=folders.drafter)
     say(f"the drafter is in {folders.drafter}")
     for result in acceptance:

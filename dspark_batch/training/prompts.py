@@ -71,9 +71,10 @@ def usable_texts(results: Iterable[Result], section: SampledSource, codec: TextC
         if result.error is not None or result.finish_reason is not FinishReason.STOP:
             continue
         opening, number = map(int, result.id.split(":"))
-        text = (section.openings[opening] + codec.decode(result.token_ids)).strip()
+        begun = section.openings[opening]
+        text = (begun + codec.decode(result.token_ids)).strip()
         if len(text) >= section.min_characters and _REPLACEMENT not in text:
-            texts[number] = text
+            texts[number] = text + section.endings.get(begun, "")
     return [texts[number] for number in sorted(texts)]
 
 

@@ -48,6 +48,16 @@ def usable_rows(rows: Iterable[TokenRow], *, max_tokens: int) -> list[TokenRow]:
     return [short for row in rows if (short := row.cut(max_tokens)).num_anchors]
 
 
+def rows_with_prompts(rows: Sequence[TokenRow]) -> list[TokenRow]:
+    """The same rows with all of their tokens as response but those at the start that all rows share, at least one."""
+    shared = min((row.prompt_len for row in rows), default=1)
+    for row in rows:
+        differs = row.token_ids[:shared] != rows[0].token_ids[:shared]
+        shared = int(differs.argmax()) if differs.any() else shared
+    first = max(1, shared)
+    return [TokenRow(row.id, row.token_ids, min(row.prompt_len, first), row.temperature) for row in rows]
+
+
 def write_rows(file: Path, rows: Sequence[TokenRow]) -> None:
     """One Parquet file, whole or absent. Raises OSError."""
     import pyarrow as pa

@@ -19,6 +19,7 @@ from dspark_batch.drafters.dspark.target_parts import LinearOp
 from dspark_batch.models.rope import rope_table
 from dspark_batch.models.rope_spec import rope_spec
 from dspark_batch.training.attention import PackedAttention
+from dspark_batch.training.initial import draft_columns
 from dspark_batch.training.losses import (
     DraftLoss,
     LossWeights,
@@ -35,11 +36,13 @@ _W2 = "markov_head.markov_w2.weight"
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StepLoss:
-    """total: scalar to differentiate. ce, distance, confidence: its parts. acceptance: [γ] mean of 1 - ½ Σ|p_d - p_t|
-    per slot; hits: [γ] share of slots whose best token is the target's."""
+    """total: scalar to differentiate. ce, soft_ce, distance, confidence: its parts. acceptance: [γ] mean of
+    1 - ½ Σ|p_d - p_t| per slot; hits: [γ] share of slots whose best token is the target's. Slots that the batch leaves
+    out have 0 there."""
 
     total: Tensor
     ce: Tensor
+    soft_ce: Tensor
     distance: Tensor
     confidence: Tensor
     acceptance: Tensor
@@ -72,9 +75,7 @@ class Student:
         }
         self._teacher = teacher
         self._head = teacher.head_rows(self.token_ids).to(dtype)
-        columns = torch.full((config.vocab_size,), -1, dtype=torch.int64, device=teacher.device)
-        ids = torch.arange(config.vocab_size, device=teacher.device) if self.token_ids is None else self.token_ids
-        self._columns = columns.index_copy_(0, ids, torch.arange(len(ids), device=teacher.device))
+        self._columns = draft_columns(config.vocab_size, self.token_ids).to(teacher.device)
         spec, _ = rope_spec(config.rope, where="the drafter's config")
         table = rope_table(
             spec,
@@ -114,12 +115,12 @@ class Student:
         features = torch.cat([t.features[: s.num_tokens] for t, s in zip(taught, batch.spans, strict=True)])
         places = torch.from_numpy(np.concatenate([np.arange(span.num_tokens) for span in batch.spans])).to(device)
         k, v = backbone.context(features.to(self.dtype), self._cos[places], self._sin[places])
-        anchors = torch.from_numpy(batch.anchors).to(device)
-        num_blocks, size = len(batch.anchors), config.block_size
+        anchors = torch.from_numpy(batch.anchors)
+        num_blocks, size = batch.is_real.shape
         token_ids = torch.full((num_blocks, size), config.mask_token_id, dtype=torch.int64, device=device)
         token_ids[:, 0] = torch.from_numpy(batch.anchor_ids).to(device)
         x = self._teacher.embed(token_ids.flatten()).to(self.dtype)
-        positions = (anchors[:, None] + torch.arange(size, device=device)).flatten()
+        positions = (anchors[:, None] + torch.arange(size)).flatten().to(device)
         attend = PackedAttention(batch.spans, anchors, k, v, block_size=size)
         return backbone.blocks(x, self._cos[positions], self._sin[positions], attend).view(num_blocks, size, -1)
 
@@ -141,26 +142,31 @@ class Student:
 
     def _target_side(self, batch: PackedBlocks, taught: Sequence[TaughtRow], weights: Tensor) -> TargetSide:
         index = [torch.from_numpy(p).to(self.device) - t.first for p, t in zip(batch.positions, taught, strict=True)]
+        log_z = [t.log_z[i] for t, i in zip(taught, index, strict=True) if t.log_z is not None]
         return TargetSide(
             head=self._head,
             hidden=torch.cat([t.hidden[i] for t, i in zip(taught, index, strict=True)]).to(self.dtype),
-            log_z=torch.cat([t.log_z[i] for t, i in zip(taught, index, strict=True)]),
+            # Rows with and without it in one batch are alike.
+            log_z=torch.cat(log_z) if len(log_z) == len(taught) else None,
             index=torch.from_numpy(batch.target_index).to(self.device).flatten(),
             labels=self._columns[torch.from_numpy(batch.target_ids).to(self.device)].flatten(),
             weights=weights,
+            slots_per_block=batch.is_real.shape[1],
         )
 
     def _step_loss(self, drafted: DraftLoss, confidence: Tensor, is_real: Tensor, weights: LossWeights) -> StepLoss:
         counts = is_real.sum(0).clamp_min(1)
         chance = (1.0 - 0.5 * drafted.distances).view(is_real.shape) * is_real
         hits = drafted.hits.view(is_real.shape) & is_real
+        missing = (0, self.config.block_size - is_real.shape[1])
         return StepLoss(
             total=drafted.total + weights.confidence * confidence,
             ce=drafted.ce,
+            soft_ce=drafted.soft_ce,
             distance=drafted.distance,
             confidence=confidence.detach(),
-            acceptance=chance.sum(0) / counts,
-            hits=hits.sum(0) / counts,
+            acceptance=functional.pad(chance.sum(0) / counts, missing),
+            hits=functional.pad(hits.sum(0) / counts, missing),
         )
 
 

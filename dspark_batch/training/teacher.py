@@ -21,6 +21,7 @@ from dspark_batch.models.rope import RopeTable, rope_table
 from dspark_batch.models.sources import resolve_source, weights_fingerprint
 from dspark_batch.models.weights import DecoderWeights, load_weights
 from dspark_batch.tensors import ForwardBatch, RowSlice
+from dspark_batch.training.features import FeatureFiles
 from dspark_batch.training.sequences import TokenRow
 
 _HEAD_CHUNK_ELEMENTS = {"cpu": 2**23, "cuda": 2**28}
@@ -31,16 +32,17 @@ _TOKENS_AT_ONCE = {"cpu": 2048, "cuda": 32768}
 @dataclass(frozen=True, slots=True, eq=False)
 class TaughtRow:
     """What the target says about one row of L tokens. features: [L, taps * H]. hidden: [L - first, H], final-norm
-    outputs from position ``first`` on. log_z: [L - first] float32, log of the sum of exponentials of its logits."""
+    outputs from position ``first`` on. log_z: [L - first] float32, log of the sum of exponentials of its logits; None
+    where it was not kept. Kept features have no last position, and zeros stand for its output."""
 
     features: Tensor
     hidden: Tensor
-    log_z: Tensor
+    log_z: Tensor | None
     first: int
 
     @property
     def num_bytes(self) -> int:
-        return sum(t.numel() * t.element_size() for t in (self.features, self.hidden, self.log_z))
+        return sum(t.numel() * t.element_size() for t in (self.features, self.hidden, self.log_z) if t is not None)
 
 
 class Teacher:
@@ -80,6 +82,12 @@ class Teacher:
             column = self._weights.head(units).T
             columns.append(column if token_ids is None else column[token_ids])
         return torch.cat(columns, dim=1).contiguous()
+
+    @torch.no_grad()
+    def final_norm(self, x: Tensor) -> Tensor:
+        """[N, H] output of the last layer -> [N, H] what the head reads."""
+        normed = functional.rms_norm(x.float(), (x.shape[-1],), None, self.spec.norm_eps).to(x.dtype)
+        return normed * self._weights.final_norm
 
     @torch.no_grad()
     def teach(self, rows: Sequence[TokenRow], *, taps: tuple[int, ...]) -> list[TaughtRow]:
@@ -141,10 +149,20 @@ def load_teacher(model: ModelSection, *, max_tokens: int, dtype: torch.dtype, de
 
 
 class TaughtRows:
-    """Rows with what the target says about them, kept up to a bound; beyond it they are computed again each time."""
+    """Rows with what the target says about them: read where it was kept with the responses; else computed, and kept in
+    memory up to a bound, beyond which rows are computed again each time."""
 
-    def __init__(self, teacher: Teacher, rows: Sequence[TokenRow], *, taps: tuple[int, ...], limit_bytes: int) -> None:
+    def __init__(
+        self,
+        teacher: Teacher,
+        rows: Sequence[TokenRow],
+        *,
+        taps: tuple[int, ...],
+        limit_bytes: int,
+        files: FeatureFiles | None = None,
+    ) -> None:
         self._teacher, self._rows, self._taps, self._limit_bytes = teacher, rows, taps, limit_bytes
+        self._files = files
         self._kept: dict[int, TaughtRow] = {}
         self.num_bytes = 0
         self.num_computed_tokens = 0
@@ -152,7 +170,8 @@ class TaughtRows:
 
     def get(self, numbers: Sequence[int]) -> list[TaughtRow]:
         """The rows of these numbers, missing ones computed together."""
-        missing = [n for n in dict.fromkeys(numbers) if n not in self._kept]
+        read = {n: row for n in dict.fromkeys(numbers) if n not in self._kept and (row := self._read(n)) is not None}
+        missing = [n for n in dict.fromkeys(numbers) if n not in self._kept and n not in read]
         rows = [self._rows[n] for n in missing]
         fresh = dict(zip(missing, self._teacher.teach(rows, taps=self._taps), strict=True)) if missing else {}
         self.num_computed_tokens += sum(len(row.token_ids) for row in rows)
@@ -161,7 +180,21 @@ class TaughtRows:
             if self.num_bytes + row.num_bytes <= self._limit_bytes:
                 self._kept[number] = row
                 self.num_bytes += row.num_bytes
+        fresh |= read
         return [fresh[n] if n in fresh else self._kept[n] for n in numbers]
+
+    def _read(self, number: int) -> TaughtRow | None:
+        if self._files is None:
+            return None
+        row, device, last = self._rows[number], self._teacher.device, self._teacher.spec.num_layers - 1
+        found = self._files.get(row.id, taps=(*self._taps, last))
+        if found is None:
+            return None
+        found = found[: len(row.token_ids)].to(device, self._teacher.dtype)
+        hidden = self._teacher.final_norm(found[row.prompt_len :, -self._teacher.spec.hidden_size :])
+        short = len(row.token_ids) - len(found)
+        hidden = functional.pad(hidden, (0, 0, 0, short))
+        return TaughtRow(found[:, : -self._teacher.spec.hidden_size], hidden, None, row.prompt_len)
 
     def check_integrity(self) -> None:
         assert self.num_bytes == sum(row.num_bytes for row in self._kept.values()), "kept features are miscounted"

@@ -26,8 +26,6 @@ from dspark_batch.training.state import STATE_FILE, Progress, load_state, save_s
 from dspark_batch.training.student import StepLoss, Student
 from dspark_batch.training.teacher import TaughtRows, Teacher
 
-GIB = 2**30
-
 
 @dataclass(slots=True)
 class _Window:
@@ -41,7 +39,7 @@ class _Window:
     def point(self, *, step: int, rate: float, elapsed_s: float) -> CurvePoint:
         mean: dict[str, Any] = {
             name: torch.stack([getattr(loss, name).detach().float() for loss in self.losses]).mean(0).tolist()
-            for name in ("total", "ce", "distance", "confidence", "acceptance", "hits")
+            for name in ("total", "ce", "soft_ce", "distance", "confidence", "acceptance", "hits")
         }
         survival, length = 1.0, 1.0
         for hit in mean["hits"]:
@@ -51,6 +49,7 @@ class _Window:
             step=step,
             loss=mean["total"],
             ce=mean["ce"],
+            soft_ce=mean["soft_ce"],
             distance=mean["distance"],
             confidence=mean["confidence"],
             acceptance=tuple(mean["acceptance"]),
@@ -67,7 +66,8 @@ class _Window:
 class Trainer:
     """Trains one student on token rows, in a folder that holds its state and its loss curve.
 
-    identity: of everything that decides the loss curve; a saved state of another identity is refused.
+    taught: the same rows with what the target says. identity: of everything that decides the loss curve; a saved state
+    of another identity is refused.
     """
 
     def __init__(
@@ -75,6 +75,7 @@ class Trainer:
         student: Student,
         teacher: Teacher,
         rows: Sequence[TokenRow],
+        taught: TaughtRows,
         config: OptimizeSection,
         *,
         folder: Path,
@@ -83,15 +84,16 @@ class Trainer:
         self.student, self._rows, self._config = student, rows, config
         self.folder, self._identity = folder, identity
         self._spec: DecoderSpec = teacher.spec
-        limit = int(config.feature_cache_gib * GIB)
-        self.taught = TaughtRows(teacher, rows, taps=student.config.taps, limit_bytes=limit)
+        self.taught = taught
         self._order = BlockOrder(rows, anchors_per_row=config.anchors_per_sequence, seed=config.seed)
         self._optimizer = make_optimizer(student.parameters, config)
         self._weights = LossWeights(
             ce=config.ce_weight,
+            soft_ce=config.soft_ce_weight,
             distance=config.distance_weight,
             confidence=config.confidence_weight,
             decay_tokens=config.decay_tokens or float(student.config.block_size),
+            reach=config.reach_weight,
         )
         self.progress = load_state(folder / STATE_FILE, student, self._optimizer, identity=identity)
 
@@ -111,8 +113,10 @@ class Trainer:
         window, start_s, before_s = _Window(), time.monotonic(), self.progress.elapsed_s
         while not self.is_finished:
             step, place = self.progress.step, self.progress.place
-            pieces, place = self._order.take(place, self._config.anchors_per_step)
-            self._step(step, pack(pieces, self._rows, num_slots=self.student.config.block_size), window)
+            num_slots = self._num_slots(step)
+            num_blocks = self._config.anchors_per_step * self.student.config.block_size // num_slots
+            pieces, place = self._order.take(place, num_blocks)
+            self._step(step, pack(pieces, self._rows, num_slots=num_slots), window)
             step += 1
             if step % self._config.log_every and step != self._config.num_steps:
                 self.progress = Progress(step, place, self.progress.elapsed_s)
@@ -130,6 +134,11 @@ class Trainer:
                 self._save()
             if is_late and not self.is_finished:
                 raise TimeUpError
+
+    def _num_slots(self, step: int) -> int:
+        """Of the blocks of a step: all, or the first alone while that is cheaper to learn from."""
+        is_single = step < self._config.single_slot_fraction * self._config.num_steps
+        return 1 if is_single else self.student.config.block_size
 
     def _step(self, step: int, batch: PackedBlocks, window: _Window) -> None:
         taught = self.taught
@@ -153,6 +162,7 @@ class Trainer:
         own = drafter_flops(
             config,
             num_slots=batch.is_real.size,
+            slots_per_block=batch.is_real.shape[1],
             num_context_tokens=batch.num_context_tokens,
             num_attended=batch.num_attended,
         )

@@ -16,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from dspark_batch.bench.nightly import Nights, compare_nights
 from dspark_batch.drafters.dspark.checkpoint import read_config
 from dspark_batch.errors import ConfigError, OutputError
 from dspark_batch.testing.tiny import save_tiny_checkpoint
@@ -182,3 +183,39 @@ def test_other_settings_never_go_on_from_a_saved_state_or_mix_their_data(tmp_pat
     mixed = {**values, "responses": {**values["responses"], "max_new_tokens": 9}}
     with pytest.raises(ConfigError, match="choose another"):
         run_training(config(mixed))
+
+
+def job_of(folder: Path, name: str, prompts: list[list[int]]) -> Path:
+    """The config of a local job over ready-made prompts."""
+    table = folder / f"{name}.jsonl"
+    table.write_text("".join(json.dumps({"ids": ids}) + "\n" for ids in prompts))
+    fields = {
+        "model": {"target": str(small_target(folder / "target")), "dtype": "float32"},
+        "input": {"path": str(table)},
+        "prompt": {"token_ids": "ids"},
+        "sampling": {"max_new_tokens": 40},
+        "engine": {"backend": "local", "device": "cpu", "kv_cache_gib": 0.05},
+        "output": {"path": str(folder / f"{name}-out"), "token_ids": True},
+    }
+    file = folder / f"{name}.yaml"
+    file.write_text(json.dumps(fields))
+    return file
+
+
+def test_a_drafter_trained_on_one_jobs_output_does_better_on_the_next_job(tmp_path: Path) -> None:
+    values = training_values(tmp_path, num_steps=1, learning_rate=1e-9)
+    run_training(config(values), last_stage="train")
+    prompts = np.random.default_rng(7).integers(0, NUM_TOKENS - 1, (120, 5)).tolist()
+    nights = Nights(
+        first=job_of(tmp_path, "first", prompts[:100]),
+        next_job=job_of(tmp_path, "next", prompts[100:]),
+        output=tmp_path / "nightly",
+        drafter=tmp_path / "out" / "drafter",
+        num_steps=100,
+        anchors_per_step=128,
+        learning_rate=1e-2,
+        num_prompts=16,
+    )
+    found = compare_nights(nights)
+    assert found.before.num_prompts == found.after.num_prompts == 16
+    assert found.after.accepted_length > found.before.accepted_length + 0.5

@@ -11,6 +11,7 @@ import torch
 
 from dspark_batch.drafters.dspark.reference import reference_draft
 from dspark_batch.testing.tiny_training import random_rows, tiny_student, tiny_teacher
+from dspark_batch.training import attention
 from dspark_batch.training.losses import LossWeights
 from dspark_batch.training.packing import Piece, pack
 from dspark_batch.training.teacher import LoadedTeacher, TaughtRow
@@ -101,6 +102,29 @@ def test_every_parameter_gets_a_gradient_that_finite_differences_confirm(loaded:
                 losses.append(float(student.loss(batch, taught, weights=weights).total.detach()))
                 parameter.sub_(direction, alpha=step)
         assert (losses[0] - losses[1]) / 2e-3 == pytest.approx(expected, rel=0.05, abs=2e-3), name
+
+
+def test_blocks_of_one_slot_leave_the_others_out(loaded: LoadedTeacher) -> None:
+    student = tiny_student(loaded, ROWS)
+    batch = pack(PIECES, ROWS, num_slots=1)
+    taught = loaded.teacher.teach([ROWS[r] for r in batch.rows], taps=student.config.taps)
+    assert student.hidden_of(batch, taught).shape[1] == 1
+    loss = student.loss(batch, taught, weights=LossWeights())
+    assert loss.acceptance.shape == loss.hits.shape == (3,)
+    assert loss.acceptance[0] > 0
+    assert not loss.acceptance[1:].any()
+
+
+@pytest.mark.parametrize("at_once", [1, 2, 3])
+def test_blocks_that_attend_together_do_not_change_the_result(
+    loaded: LoadedTeacher, at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    student = tiny_student(loaded, ROWS)
+    batch = pack(PIECES, ROWS, num_slots=3)
+    taught = loaded.teacher.teach([ROWS[r] for r in batch.rows], taps=student.config.taps)
+    together = student.hidden_of(batch, taught).detach()
+    monkeypatch.setitem(attention._BLOCKS_AT_ONCE, "cpu", at_once)
+    torch.testing.assert_close(student.hidden_of(batch, taught).detach(), together, atol=1e-5, rtol=1e-5)
 
 
 def test_bfloat16_products_stay_close_to_float32(tmp_path: Path) -> None:

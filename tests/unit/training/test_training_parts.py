@@ -21,7 +21,7 @@ from dspark_batch.training.initial import draft_vocabulary, drafter_config, init
 from dspark_batch.training.load import load_train_config
 from dspark_batch.training.optimizer import learning_rate
 from dspark_batch.training.responses import missing_parts, part_file
-from dspark_batch.training.sequences import read_rows, token_row, usable_rows, write_rows
+from dspark_batch.training.sequences import read_rows, rows_with_prompts, token_row, usable_rows, write_rows
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 
@@ -102,15 +102,33 @@ def test_the_learning_rate_warms_up_and_falls_to_its_last_part(decay: str) -> No
     assert rates[-1] == pytest.approx(0.1, abs=0.02)
 
 
+def test_a_late_decay_holds_the_rate_until_the_last_part() -> None:
+    config = OptimizeSection.model_validate(
+        {"num_steps": 100, "warmup_fraction": 0.0, "decay": "late", "late_fraction": 0.2, "learning_rate": 1.0}
+    )
+    rates = [learning_rate(step, config) for step in range(100)]
+    assert set(rates[:81]) == {1.0}
+    assert rates[90] == pytest.approx(0.5)
+    assert rates[99] == pytest.approx(0.05)
+
+
+def test_prompts_join_the_response_past_what_all_rows_share() -> None:
+    rows = [token_row("a", [7, 8, 1, 2], [3]), token_row("b", [7, 8, 1], [4, 5]), token_row("c", [7, 8, 9, 9], [1])]
+    assert [(r.prompt_len, len(r.token_ids)) for r in rows_with_prompts(rows)] == [(2, 5), (2, 5), (2, 5)]
+    assert [r.prompt_len for r in rows_with_prompts(rows[:1])] == [4]
+    assert [r.prompt_len for r in rows_with_prompts([*rows, token_row("d", [6, 6], [1])])] == [1, 1, 1, 1]
+
+
 def test_flops_are_six_per_trained_weight_four_per_frozen_one_and_attention() -> None:
     config = tiny_drafter_config(taps=(0,))
     h, i, q, kv = 48, 56, 60, 20
     layer = h * (q + 2 * kv) + q * h + 3 * h * i
-    slots = 6 * (2 * layer + 61 * 7) + 4 * 61 * h
-    assert drafter_flops(config, num_slots=1, num_context_tokens=0, num_attended=0) == slots + 6 * 2 * 2 * q * 5
-    context = drafter_flops(config, num_slots=0, num_context_tokens=1, num_attended=0)
+    slots, seen = 6 * (2 * layer + 61 * 7) + 4 * 61 * h, 6 * 2 * 2 * q * 5
+    one = drafter_flops(config, num_slots=1, slots_per_block=5, num_context_tokens=0, num_attended=0)
+    assert one == slots + seen
+    context = drafter_flops(config, num_slots=0, slots_per_block=5, num_context_tokens=1, num_attended=0)
     assert context == 6 * (h * h + 2 * 2 * h * kv)
-    assert drafter_flops(config, num_slots=0, num_context_tokens=0, num_attended=1) == 6 * 2 * 2 * q * 5
+    assert drafter_flops(config, num_slots=0, slots_per_block=5, num_context_tokens=0, num_attended=1) == seen
 
 
 def point(step: int) -> CurvePoint:
@@ -118,6 +136,7 @@ def point(step: int) -> CurvePoint:
         step=step,
         loss=1.0 / step,
         ce=1.0,
+        soft_ce=1.0,
         distance=1.0,
         confidence=0.5,
         acceptance=(0.5, 0.2),

@@ -85,6 +85,13 @@ def test_scraps_unfinished_turns_and_repeats_are_dropped(codec: TextCodec, tmp_p
     assert all(row.prompt_len == len(row.token_ids) for row in rows)
 
 
+def test_an_ending_is_put_after_turns_of_its_opening(codec: TextCodec, tmp_path: Path) -> None:
+    section = SampledSource(num_samples=2, openings=["How many ", ""], endings={"How many ": " Think first."})
+    rows = sample_prompts(section, scripted(codec, ["boats?", "What is a boat?"]), folder=tmp_path, deadline=Deadline())
+    texts = ["How many boats? Think first.", "What is a boat?"]
+    assert [r.token_ids.tolist() for r in rows] == [codec.encode_chat([Message("user", text)]) for text in texts]
+
+
 def test_distinct_texts_keep_the_first_spelling() -> None:
     assert distinct_texts(["A b!", "a  B", "c"]) == ["A b!", "c"]
 
