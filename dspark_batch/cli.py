@@ -120,9 +120,10 @@ def bench_throughput(
 )
 def bench_lossless(context: typer.Context) -> None:
     """Token ids of many settings, compared with each other and with transformers; exit code 1 where they differ."""
-    from dspark_batch.bench.lossless import main as check
+    from dspark_batch.bench.lossless import command
+    from dspark_batch.bench.options import run_module
 
-    raise typer.Exit(check(context.args))
+    raise typer.Exit(run_module(command, context.args))
 
 
 @app.command()

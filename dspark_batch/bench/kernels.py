@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import TYPE_CHECKING
+
+from dspark_batch.bench.options import AsJson, ContextTokens, Repeats, Threads, run_module, write_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -112,7 +115,7 @@ def _attention(
     import torch
     from torch.nn import functional
 
-    from dspark_batch.models.kernels.library import AttentionPlan, attend
+    from dspark_batch.models.kernels.library import AttentionPlan, AttentionShape, attend
 
     dim, q_heads, kv_heads, end = shape.head_dim, shape.num_q_heads, shape.num_kv_heads, context + tokens
     cache = torch.randn(2, shape.num_layers, kv_heads, rows * end, dim, dtype=torch.bfloat16)
@@ -120,18 +123,11 @@ def _attention(
     qkv = torch.randn(rows * tokens, (q_heads + 2 * kv_heads) * dim, dtype=torch.bfloat16)
     out = torch.empty(rows * tokens, q_heads * dim, dtype=torch.bfloat16)
     cos = sin = torch.rand(end, dim // 2)
+    heads = AttentionShape(num_q_heads=q_heads, num_kv_heads=kv_heads, head_dim=dim, cache_tokens=rows * end)
     packed = torch.randn(rows, kv_heads, q_heads // kv_heads * tokens, dim, dtype=torch.bfloat16)
 
     def native() -> None:
-        plan = AttentionPlan(
-            kernels,
-            [(tokens, context, row * end, 0, 0) for row in range(rows)],
-            num_q_heads=q_heads,
-            num_kv_heads=kv_heads,
-            head_dim=dim,
-            cache_tokens=rows * end,
-            scale=dim**-0.5,
-        )
+        plan = AttentionPlan(kernels, [(tokens, context, row * end, 0, 0) for row in range(rows)], heads)
         for layer in range(shape.num_layers):
             attend(kernels, plan, qkv, cos=cos, sin=sin, k=k[layer], v=v[layer], out=out)
 
@@ -167,17 +163,26 @@ def _medians(native: Callable[[], object], plain: Callable[[], object], repeats:
     return statistics.median(times[0][1:]), statistics.median(times[1][1:])
 
 
-def main() -> None:
-    """``python -m dspark_batch.bench.kernels``: write the table to standard output."""
-    import sys
+def command(
+    context: ContextTokens = 200,
+    repeats: Repeats = 7,
+    threads: Threads = None,
+    as_json: AsJson = False,
+) -> None:
+    """The native kernels against torch, and against the bytes that they must read."""
+    import torch
 
     from dspark_batch.models.kernels.library import load_kernels
 
     kernels = load_kernels()
     if kernels is None:
         raise SystemExit("the native kernels cannot be had here; the log says why")
-    sys.stdout.write(format_timings(time_kernels(kernels)) + "\n")
+    torch.set_num_threads(threads or torch.get_num_threads())
+    timings = time_kernels(kernels, context=context, repeats=repeats)
+    sys.stdout.write(format_timings(timings) + "\n")
+    if as_json:
+        write_json([asdict(timing) for timing in timings])
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_module(command))

@@ -1,6 +1,6 @@
 """Is speculation lossless here? Token ids of many settings, compared with each other and with transformers.
 
-``python -m dspark_batch.bench.lossless PROMPTS.jsonl --num-prompts 100`` checks, in float32 unless told otherwise:
+``python -m dspark_batch.bench.lossless PROMPTS.jsonl --rows 100`` checks, in float32 unless told otherwise:
 
 - greedy: every drafter and concurrency against ``transformers`` generate;
 - temperature 0.8 with top-p 0.95: every drafter and concurrency against plain decoding at concurrency 1.
@@ -12,15 +12,32 @@ allowed.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
+import typer
+
+from dspark_batch.bench.command import parse_concurrencies
+from dspark_batch.bench.options import (
+    DEFAULT_TARGET,
+    AsJson,
+    Concurrency,
+    Drafters,
+    Dtype,
+    MaxDraftTokens,
+    MaxNewTokens,
+    Rows,
+    Target,
+    engine_config,
+    names,
+    run_module,
+    write_json,
+)
 from dspark_batch.core import Message, Request, SamplingParams
 from dspark_batch.engine.config import EngineConfig
 
@@ -218,29 +235,40 @@ def run_setting(
     return {r.id: r.token_ids for r in results}, accepted_length
 
 
-def compare_all(args: argparse.Namespace) -> list[Comparison]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What to compare: every drafter at every concurrency, otherwise set as ``base`` is."""
+
+    prompts: Path
+    base: EngineConfig
+    drafters: tuple[str, ...]
+    concurrencies: tuple[int, ...]
+    num_prompts: int
+    max_new_tokens: int
+    peer_batch_size: int
+
+
+def compare_all(plan: Plan) -> list[Comparison]:
     """Every drafter and concurrency, greedy and sampled; writes a line for each as it is known."""
     from dspark_batch.models.loader import load_target
 
-    base = EngineConfig(
-        target=args.target, dtype=args.dtype, device=args.device, max_draft_tokens=args.max_draft_tokens
-    )
+    base = plan.base
     checkpoint, loaded = Checkpoint(base), load_target(base)
     out: list[Comparison] = []
     for sampled in (False, True):
         sampling = SamplingParams(
-            max_new_tokens=args.max_new_tokens,
+            max_new_tokens=plan.max_new_tokens,
             temperature=SAMPLED.temperature if sampled else 0.0,
             top_p=SAMPLED.top_p if sampled else 1.0,
             seed=SAMPLED.seed,
         )
-        requests = read_requests(args.prompts, num_prompts=args.num_prompts, sampling=sampling)
+        requests = read_requests(plan.prompts, num_prompts=plan.num_prompts, sampling=sampling)
         by_id = {request.id: request for request in requests}
         reference, expected = "transformers generate", None
         if not sampled:
-            expected = checkpoint.generate(requests, batch_size=args.peer_batch_size)
-        for drafter in args.drafters:
-            for concurrency in args.concurrency:
+            expected = checkpoint.generate(requests, batch_size=plan.peer_batch_size)
+        for drafter in plan.drafters:
+            for concurrency in plan.concurrencies:
                 config = base.model_copy(update={"drafter": drafter, "max_concurrency": concurrency})
                 found, accepted_length = run_setting(loaded, config, requests)
                 name = f"T={sampling.temperature:g} {drafter} concurrency={concurrency}"
@@ -266,28 +294,37 @@ def _show(comparison: Comparison) -> None:
     sys.stdout.flush()
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Parse, compare, report; 0 when every difference is allowed."""
-    parser = argparse.ArgumentParser(prog="python -m dspark_batch.bench.lossless", description=__doc__.split("\n")[0])
-    parser.add_argument("prompts", type=Path, help='JSONL with {"turns": [...]} or {"prompt": ...} in each line')
-    parser.add_argument("--target", default=EngineConfig().target)
-    parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--num-prompts", type=int, default=100)
-    parser.add_argument("--max-new-tokens", type=int, default=64)
-    parser.add_argument("--max-draft-tokens", type=int, default=None)
-    parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 7, 32])
-    parser.add_argument("--drafters", nargs="+", default=["none", "ngram"])
-    parser.add_argument("--peer-batch-size", type=int, default=8)
-    parser.add_argument("--json", type=Path, default=None, help="write all comparisons to this file")
-    args = parser.parse_args(argv)
-    comparisons = compare_all(args)
-    if args.json is not None:
-        args.json.write_text(json.dumps([asdict(c) for c in comparisons], indent=1) + "\n")
-    lossless = all(comparison.is_lossless for comparison in comparisons)
-    sys.stdout.write("lossless\n" if lossless else "NOT lossless\n")
-    return 0 if lossless else 1
+def command(
+    prompts: Annotated[Path, typer.Argument(help='JSON lines with {"turns": [...]} or {"prompt": ...}.')],
+    rows: Rows = 100,
+    max_new_tokens: MaxNewTokens = 64,
+    concurrency: Concurrency = "1,7,32",
+    drafters: Drafters = "none,ngram",
+    max_draft_tokens: MaxDraftTokens = None,
+    target: Target = DEFAULT_TARGET,
+    dtype: Dtype = "float32",
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    peer_batch_size: Annotated[int, typer.Option(min=1, help="Rows that transformers decodes together.")] = 8,
+    as_json: AsJson = False,
+) -> None:
+    """Token ids of many settings, compared with each other and with transformers; exit code 1 where they differ."""
+    values = {"target": target, "dtype": dtype, "device": device, "max_draft_tokens": max_draft_tokens}
+    plan = Plan(
+        prompts=prompts,
+        base=engine_config(values),
+        drafters=names(drafters),
+        concurrencies=parse_concurrencies(concurrency),
+        num_prompts=rows,
+        max_new_tokens=max_new_tokens,
+        peer_batch_size=peer_batch_size,
+    )
+    comparisons = compare_all(plan)
+    is_lossless = all(comparison.is_lossless for comparison in comparisons)
+    sys.stdout.write("lossless\n" if is_lossless else "NOT lossless\n")
+    if as_json:
+        write_json([asdict(comparison) for comparison in comparisons])
+    raise typer.Exit(0 if is_lossless else 1)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_module(command))

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import tempfile
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
+import typer
+
+from dspark_batch.bench.options import AsJson, Rows, run_module, write_json
 from dspark_batch.core import Request, SamplingParams
 from dspark_batch.engine.config import EngineConfig
 
@@ -73,14 +75,16 @@ def _request(index: int, vocab_size: int) -> Request:
     return Request(id=str(index), prompt_token_ids=prompt, sampling=sampling)
 
 
-def main() -> None:
-    """``python -m dspark_batch.bench.memory [requests] [drafter]``, on a tiny random model; prints one JSON object."""
+def command(
+    rows: Rows = 10_000,
+    drafter: Annotated[str, typer.Option(help="Drafter of the engine.")] = "suffix",
+    as_json: AsJson = False,
+) -> None:
+    """Resident memory over many short requests through one engine, on a tiny random model."""
     from dspark_batch.engine.engine import BatchEngine
     from dspark_batch.models.loader import load_target
     from dspark_batch.testing.tiny import save_tiny_checkpoint
 
-    num_requests = int(sys.argv[1]) if len(sys.argv) > 1 else 10_000
-    drafter = sys.argv[2] if len(sys.argv) > 2 else "suffix"
     with tempfile.TemporaryDirectory() as folder:
         path = save_tiny_checkpoint(folder, hidden_size=64, num_attention_heads=4, head_dim=16, intermediate_size=96)
         config = EngineConfig.model_validate(
@@ -88,9 +92,14 @@ def main() -> None:
         )
         loaded = load_target(config)
         with BatchEngine(loaded, config) as engine:
-            report = measure_memory(engine, loaded.target, num_requests=num_requests)
-    sys.stdout.write(json.dumps(asdict(report), indent=2) + "\n")
+            report = measure_memory(engine, loaded.target, num_requests=rows, warm_up_requests=min(500, rows // 4))
+    for num_done, mib in report.resident_mib:
+        sys.stdout.write(f"{num_done:8d} requests {mib:8.1f} MiB\n")
+    kv = f"at most {report.most_kv_tokens} of {report.kv_tokens} KV tokens"
+    sys.stdout.write(f"growth {report.growth_mib:.1f} MiB, {kv}\n")
+    if as_json:
+        write_json(asdict(report))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_module(command))

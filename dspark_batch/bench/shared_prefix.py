@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
-import json
 import random
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from statistics import median
 from time import perf_counter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
+import typer
+
+from dspark_batch.bench.options import (
+    DEFAULT_TARGET,
+    AsJson,
+    MaxNewTokens,
+    Repeats,
+    Rows,
+    Target,
+    run_module,
+    write_json,
+)
 from dspark_batch.core import Request, Result, SamplingParams
 from dspark_batch.engine.config import EngineConfig
 
@@ -83,24 +94,35 @@ def measure_shared_prefix(
     )
 
 
-def main() -> None:
-    """``python -m dspark_batch.bench.shared_prefix [rows] [prefix tokens] [new tokens]``; prints one JSON object."""
+def command(
+    rows: Rows = 64,
+    prefix_tokens: Annotated[int, typer.Option(min=1, help="Tokens that all prompts begin with.")] = 1000,
+    own_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a prompt behind them.")] = 40,
+    max_new_tokens: MaxNewTokens = 64,
+    repeats: Repeats = 1,
+    target: Target = DEFAULT_TARGET,
+    as_json: AsJson = False,
+) -> None:
+    """Throughput of prompts that share a prefix, with sharing on and off in turns."""
     from dspark_batch.models.loader import load_target
 
-    given = [int(argument) for argument in sys.argv[1:]]
-    num_rows, prefix_tokens, new_tokens = (*given, *(64, 1000, 64)[len(given) :])
-    config = EngineConfig(drafter="none", max_concurrency=num_rows)
+    config = EngineConfig(target=target, drafter="none", max_concurrency=rows)
     loaded = load_target(config)
     requests = prefix_requests(
-        num_rows=num_rows,
+        num_rows=rows,
         prefix_tokens=prefix_tokens,
-        own_tokens=40,
-        new_tokens=new_tokens,
+        own_tokens=own_tokens,
+        new_tokens=max_new_tokens,
         vocab_size=loaded.target.vocab_size,
     )
-    report = measure_shared_prefix(loaded, config, requests, prefix_tokens=prefix_tokens)
-    sys.stdout.write(json.dumps(asdict(report), indent=2) + "\n")
+    report = measure_shared_prefix(loaded, config, requests, prefix_tokens=prefix_tokens, repeats=repeats)
+    sys.stdout.write(
+        f"shared {report.shared_tokens_per_s:.0f} tokens/s, not shared {report.unshared_tokens_per_s:.0f}: "
+        f"{report.speedup:.2f}x; outputs equal: {report.outputs_equal}\n"
+    )
+    if as_json:
+        write_json(asdict(report))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_module(command))

@@ -9,15 +9,26 @@ the wall clock, and the machine must be idle: a loop of single products waits fo
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from statistics import median
 from time import perf_counter, thread_time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
+import typer
+
+from dspark_batch.bench.command import parse_concurrencies
+from dspark_batch.bench.options import (
+    DEFAULT_TARGET,
+    AsJson,
+    Concurrency,
+    ContextTokens,
+    Target,
+    Threads,
+    run_module,
+    write_json,
+)
 from dspark_batch.core import Request, SamplingParams
 
 if TYPE_CHECKING:
@@ -174,7 +185,7 @@ def _attention(target: TargetRunner, num_rows: int, context_tokens: int) -> Call
     """The attention phase of all layers alone, over rows of this context."""
     import torch
 
-    from dspark_batch.models.kernels.library import AttentionPlan, attend, load_kernels
+    from dspark_batch.models.kernels.library import AttentionPlan, AttentionShape, attend, load_kernels
 
     spec, dtype = target.spec, target.dtype
     kernels = load_kernels()
@@ -187,46 +198,40 @@ def _attention(target: TargetRunner, num_rows: int, context_tokens: int) -> Call
     qkv = torch.randn(num_rows, width, dtype=dtype)
     out = torch.empty(num_rows, spec.num_heads * spec.head_dim, dtype=dtype)
     rows = [(1, context_tokens - 1, i * context_tokens, 0, 0) for i in range(num_rows)]
+    shape = AttentionShape(
+        num_q_heads=spec.num_heads, num_kv_heads=spec.num_kv_heads, head_dim=spec.head_dim, cache_tokens=num_tokens
+    )
 
     def run() -> None:
-        plan = AttentionPlan(
-            kernels,
-            rows,
-            num_q_heads=spec.num_heads,
-            num_kv_heads=spec.num_kv_heads,
-            head_dim=spec.head_dim,
-            cache_tokens=num_tokens,
-            scale=spec.head_dim**-0.5,
-        )
+        plan = AttentionPlan(kernels, rows, shape)
         for layer in range(spec.num_layers):
             attend(kernels, plan, qkv, cos=angles, sin=angles, k=k[layer], v=v[layer], out=out)
 
     return run
 
 
-def main() -> None:
-    """``python -m dspark_batch.bench.step_profile [--rows 1,8] [--context 200] [--steps 30] [--threads N] [--json]``"""
+def command(
+    concurrency: Concurrency = "1,8,32,128",
+    context: ContextTokens = 200,
+    steps: Annotated[int, typer.Option(min=1, help="Steps that are timed.")] = 30,
+    target: Target = DEFAULT_TARGET,
+    threads: Threads = None,
+    as_json: AsJson = False,
+) -> None:
+    """Parts of a plain decoding step against its floor."""
     import torch
 
     from dspark_batch.engine.config import EngineConfig
     from dspark_batch.models.loader import load_target
 
-    parser = argparse.ArgumentParser(description="parts of a plain decoding step against its floor")
-    parser.add_argument("--rows", default="1,8,32,128")
-    parser.add_argument("--context", type=int, default=200)
-    parser.add_argument("--steps", type=int, default=30)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--target", default="smollm2-135m")
-    parser.add_argument("--json", action="store_true")
-    given = parser.parse_args()
-    rows = [int(part) for part in given.rows.split(",")]
-    torch.set_num_threads(given.threads)
-    loaded = load_target(EngineConfig(target=given.target))
-    profiles = profile_steps(loaded, rows=rows, context_tokens=given.context, num_steps=given.steps)
+    rows = parse_concurrencies(concurrency)
+    torch.set_num_threads(threads or torch.get_num_threads())
+    loaded = load_target(EngineConfig(target=target))
+    profiles = profile_steps(loaded, rows=rows, context_tokens=context, num_steps=steps)
     sys.stdout.write(format_profiles(profiles) + "\n")
-    if given.json:
-        sys.stdout.write(json.dumps([asdict(profile) for profile in profiles]) + "\n")
+    if as_json:
+        write_json([asdict(profile) for profile in profiles])
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_module(command))

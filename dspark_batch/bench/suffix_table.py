@@ -7,14 +7,30 @@ the prompts as JSON lines instead, for ``dspark-batch bench throughput``.
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import sys
-from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
+
+import typer
 
 from dspark_batch.bench.measure import Measurement, measure
+from dspark_batch.bench.options import (
+    DEFAULT_TARGET,
+    AsJson,
+    Drafters,
+    Dtype,
+    MaxDraftTokens,
+    Repeats,
+    Rows,
+    Target,
+    engine_config,
+    names,
+    run_module,
+    write_json,
+)
 from dspark_batch.core import Request, SamplingParams
 from dspark_batch.engine.config import EngineConfig
 
@@ -69,24 +85,30 @@ def labelling_requests(reviews: Path, *, num_rows: int, max_new_tokens: int = 96
     return out
 
 
-def compare(args: argparse.Namespace) -> dict[str, list[Measurement]]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What to run. ``base`` is the setting that all share; ``drafters`` are compared with none."""
+
+    reviews: Path
+    base: EngineConfig
+    drafters: tuple[str, ...]
+    concurrency: int
+    num_rows: int
+    repeats: int
+
+
+def compare(plan: Plan) -> dict[str, list[Measurement]]:
     """Every setting once per repeat, in turns, after a short warm-up of each."""
     from dspark_batch.models.loader import load_target
 
-    base = EngineConfig(
-        target=args.target,
-        dtype=args.dtype,
-        max_concurrency=args.concurrency,
-        schedule=args.schedule,
-        max_draft_tokens=args.max_draft_tokens,
-    )
-    configs = {name: base.model_copy(update={"drafter": name}) for name in ("none", *args.drafters)}
-    requests = labelling_requests(args.reviews, num_rows=args.num_rows)
+    base = plan.base.model_copy(update={"max_concurrency": plan.concurrency})
+    configs = {name: base.model_copy(update={"drafter": name}) for name in ("none", *plan.drafters)}
+    requests = labelling_requests(plan.reviews, num_rows=plan.num_rows)
     loaded = load_target(base)
     for config in configs.values():
-        measure(loaded, config, requests[: args.concurrency])
+        measure(loaded, config, requests[: plan.concurrency])
     found: dict[str, list[Measurement]] = {name: [] for name in configs}
-    for _ in range(args.repeats):
+    for _ in range(plan.repeats):
         for name, config in configs.items():
             found[name].append(measure(loaded, config, requests))
     return found
@@ -113,30 +135,38 @@ def report(found: dict[str, list[Measurement]]) -> list[str]:
     return lines
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m dspark_batch.bench.suffix_table", description=__doc__)
-    parser.add_argument("reviews", type=Path, help="Parquet file with a `text` column")
-    parser.add_argument("--target", default=EngineConfig().target)
-    parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--drafters", nargs="+", default=["suffix"])
-    parser.add_argument("--schedule", default="auto")
-    parser.add_argument("--max-draft-tokens", type=int, default=None)
-    parser.add_argument("--concurrency", type=int, default=8)
-    parser.add_argument("--num-rows", type=int, default=96)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--write", type=Path, default=None, help="write the prompts as JSON lines here, and stop")
-    parser.add_argument("--json", action="store_true", help="every measurement as one JSON object, last line")
-    args = parser.parse_args(argv)
-    if args.write is not None:
-        requests = labelling_requests(args.reviews, num_rows=args.num_rows)
-        args.write.write_text("".join(json.dumps({"prompt": request.prompt}) + "\n" for request in requests))
-        return 0
-    found = compare(args)
+def command(
+    reviews: Annotated[Path, typer.Argument(help="Parquet file with a `text` column.")],
+    rows: Rows = 96,
+    repeats: Repeats = 5,
+    concurrency: Annotated[int, typer.Option(min=1, help="Rows decoded together.")] = 8,
+    drafters: Drafters = "suffix",
+    schedule: Annotated[str, typer.Option(help="auto, fixed, threshold or off.")] = "auto",
+    max_draft_tokens: MaxDraftTokens = None,
+    target: Target = DEFAULT_TARGET,
+    dtype: Dtype = "bfloat16",
+    write: Annotated[Path | None, typer.Option(help="Write the prompts as JSON lines here, and stop.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Labelling REVIEWS with one line of JSON each: plain decoding and drafters, in turns."""
+    if write is not None:
+        requests = labelling_requests(reviews, num_rows=rows)
+        write.write_text("".join(json.dumps({"prompt": request.prompt}) + "\n" for request in requests))
+        return
+    values = {"target": target, "dtype": dtype, "schedule": schedule, "max_draft_tokens": max_draft_tokens}
+    plan = Plan(
+        reviews=reviews,
+        base=engine_config(values),
+        drafters=names(drafters),
+        concurrency=concurrency,
+        num_rows=rows,
+        repeats=repeats,
+    )
+    found = compare(plan)
     sys.stdout.write("\n".join(report(found)) + "\n")
-    if args.json:
-        sys.stdout.write(json.dumps({name: [run.as_dict() for run in runs] for name, runs in found.items()}) + "\n")
-    return 0
+    if as_json:
+        write_json({name: [run.as_dict() for run in runs] for name, runs in found.items()})
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_module(command))

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from dspark_batch.bench import lossless
+from dspark_batch.bench.options import run_module
 from dspark_batch.sampling.noise import noise_bits
 from dspark_batch.testing.tiny import save_tiny_checkpoint
 
@@ -26,13 +27,15 @@ def test_noise_bits_equal_those_of_the_cpu() -> None:
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
-def test_every_setting_gives_the_same_token_ids(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_setting_gives_the_same_token_ids(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setenv("DSPARK_BATCH_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
     folder = save_tiny_checkpoint(tmp_path / family, family)
-    prompts, report = tmp_path / "prompts.jsonl", tmp_path / "report.json"
+    prompts = tmp_path / "prompts.jsonl"
     prompts.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in PROMPTS))
     arguments = [str(prompts), "--target", str(folder), "--device", "cuda", "--max-new-tokens", "32"]
-    arguments += ["--concurrency", "1", "3", "32", "--peer-batch-size", "1", "--json", str(report)]
-    assert lossless.main(arguments) == 0
-    assert len(json.loads(report.read_text())) == 12
+    arguments += ["--concurrency", "1,3,32", "--peer-batch-size", "1", "--json"]
+    assert run_module(lossless.command, arguments) == 0
+    assert len(json.loads(capsys.readouterr().out.splitlines()[-1])) == 12

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from dspark_batch.bench import lossless
+from dspark_batch.bench.options import run_module
 from dspark_batch.testing.tiny import save_tiny_checkpoint
 
 PROMPTS = [
@@ -21,17 +22,17 @@ PROMPTS = [
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
 def test_every_setting_gives_the_token_ids_of_transformers_or_of_plain_decoding(
-    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("DSPARK_BATCH_CACHE", str(tmp_path / "cache"))
     folder = save_tiny_checkpoint(tmp_path / family, family)
-    prompts, report = tmp_path / "prompts.jsonl", tmp_path / "report.json"
+    prompts = tmp_path / "prompts.jsonl"
     prompts.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in PROMPTS))
     arguments = [str(prompts), "--target", str(folder), "--device", "cpu", "--max-new-tokens", "23"]
-    arguments += ["--concurrency", "1", "5", "--peer-batch-size", "1", "--json", str(report)]
-    arguments += ["--drafters", "none", "ngram", "suffix"]
-    assert lossless.main(arguments) == 0
-    comparisons = json.loads(report.read_text())
+    arguments += ["--concurrency", "1,5", "--peer-batch-size", "1", "--json"]
+    arguments += ["--drafters", "none,ngram,suffix"]
+    assert run_module(lossless.command, arguments) == 0
+    comparisons = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert len(comparisons) == 2 * 3 * 2
     assert all(c["num_rows"] == len(PROMPTS) for c in comparisons)
     assert sum(len(c["differences"]) for c in comparisons) == 0

@@ -10,6 +10,7 @@ tokens over the whole call, prompts included; the ratio column is the median of 
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -20,6 +21,20 @@ from typing import Annotated, Any
 
 import typer
 
+from dspark_batch.bench.command import parse_concurrencies
+from dspark_batch.bench.options import (
+    DEFAULT_TARGET,
+    AsJson,
+    Concurrency,
+    Dtype,
+    MaxNewTokens,
+    Repeats,
+    Target,
+    Threads,
+    names,
+    run_module,
+    write_json,
+)
 from dspark_batch.bench.peers import environments
 from dspark_batch.provenance import versions
 
@@ -94,6 +109,15 @@ class Peer:
             if "accepted_length" in answer:
                 self.accepted.setdefault(concurrency, []).append(answer["accepted_length"])
 
+    def as_dict(self) -> dict[str, Any]:
+        """Tokens per second and accepted lengths of every repeat, by concurrency; plain JSON values."""
+        return {
+            "name": self.name,
+            "version": self.version,
+            "tokens_per_s": {str(concurrency): rates for concurrency, rates in self.rates.items()},
+            "accepted_length": {str(concurrency): lengths for concurrency, lengths in self.accepted.items()},
+        }
+
     def stop(self) -> None:
         assert self.process.stdin is not None
         self.process.stdin.close()
@@ -142,35 +166,40 @@ def _cell(peer: Peer, baseline: Peer | None, concurrency: int) -> str:
     return text
 
 
-def main(
-    prompts: Annotated[Path, typer.Option(help="JSON lines with `turns` or `prompt`")],
-    environments_dir: Annotated[Path, typer.Option("--environments", help="folder for the peers' environments")],
-    target: Annotated[str, typer.Option(help="embedded name or local checkpoint folder")] = "smollm2-135m",
-    engines: Annotated[str, typer.Option(help="comma-separated, of: " + ", ".join(_SETUPS))] = ",".join(_SETUPS),
-    concurrency: Annotated[str, typer.Option(help="comma-separated")] = "1,8,32,128",
-    repeats: Annotated[int, typer.Option(min=1)] = 5,
-    max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
-    dtype: str = "bfloat16",
-    threads: int = 2,
-    report: Annotated[Path | None, typer.Option(help="write the table here too")] = None,
+def command(
+    prompts: Annotated[Path, typer.Option(help="JSON lines with `turns` or `prompt`.")],
+    environments_dir: Annotated[Path, typer.Option("--environments", help="Folder for the peers' environments.")],
+    target: Target = DEFAULT_TARGET,
+    engines: Annotated[str, typer.Option(help="Comma-separated, of: " + ", ".join(_SETUPS))] = ",".join(_SETUPS),
+    concurrency: Concurrency = "1,8,32,128",
+    repeats: Repeats = 5,
+    max_new_tokens: MaxNewTokens = 128,
+    dtype: Dtype = "bfloat16",
+    threads: Threads = None,
+    report: Annotated[Path | None, typer.Option(help="Write the table here too.")] = None,
+    as_json: AsJson = False,
 ) -> None:
-    """Run all engines in turn and print the table."""
+    """Our engine, transformers and vLLM on the same token ids, in turns."""
     from dspark_batch.models.convert import materialise
     from dspark_batch.models.sources import resolve_source
 
-    names = engines.split(",")
-    if any(_SETUPS[name][0] == "vllm" for name in names):
+    chosen = names(engines)
+    unknown = [name for name in chosen if name not in _SETUPS]
+    if unknown:
+        raise typer.BadParameter(f"no engine {', '.join(unknown)}; known are {', '.join(_SETUPS)}")
+    num_threads = threads or len(os.sched_getaffinity(0))
+    if any(_SETUPS[name][0] == "vllm" for name in chosen):
         environments.install_vllm(environments_dir)
     model = materialise(resolve_source(target))
     workload = load_workload(model, prompts, max_new_tokens)
-    concurrencies = [int(c) for c in concurrency.split(",")]
+    concurrencies = parse_concurrencies(concurrency)
     wanted = (repeats + 1) * sum(concurrencies)
     if wanted > len(workload.prompts):
         raise typer.BadParameter(f"{prompts} has {len(workload.prompts)} prompts; these settings need {wanted}")
-    setup = {"model": str(model), "dtype": dtype, "threads": threads}
+    setup = {"model": str(model), "dtype": dtype, "threads": num_threads}
     peers: list[Peer] = []
     try:
-        for name in names:
+        for name in chosen:
             peers.append(Peer.start(name, setup, environments_dir))
             sys.stderr.write(f"{name} is ready\n")
         first = 0  # no prompt comes twice: a drafter that remembers finished rows must not meet one again
@@ -183,10 +212,12 @@ def main(
     finally:
         for peer in peers:
             peer.stop()
-    text = _report(peers, concurrencies, workload, repeats, dtype, threads)
+    text = _report(peers, concurrencies, workload, repeats, dtype, num_threads)
     sys.stdout.write(text)
     if report is not None:
         report.write_text(text)
+    if as_json:
+        write_json([peer.as_dict() for peer in peers])
 
 
 def _report(
@@ -202,4 +233,4 @@ def _report(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    sys.exit(run_module(command))

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TypeAlias
 
 from torch import Tensor
 
 from dspark_batch.models.attention.base import AttentionContext, plan_rows
-from dspark_batch.models.kernels.library import AttentionPlan, Kernels, attend
+from dspark_batch.models.kernels.library import AttentionPlan, AttentionShape, Kernels, NativeRow, attend
 from dspark_batch.models.kv_cache import KVCache
 from dspark_batch.tensors import ForwardBatch
-
-NativeRow: TypeAlias = tuple[int, int, int, int, int]
-"""num_tokens, kv_len, own_start, prefix_start, prefix_len"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,26 +25,21 @@ class NativeAttention:
     def __init__(self, context: AttentionContext, kernels: Kernels) -> None:
         self._context = context
         self._kernels = kernels
+        spec = context.spec
+        self._shape = AttentionShape(
+            num_q_heads=spec.num_heads,
+            num_kv_heads=spec.num_kv_heads,
+            head_dim=spec.head_dim,
+            cache_tokens=context.kv.num_total_tokens,
+            norm_eps=spec.norm_eps,
+        )
         self._cos, self._sin = context.rope.cos.float().contiguous(), context.rope.sin.float().contiguous()
 
     def plan(self, batch: ForwardBatch) -> NativePlan:
-        spec, kv = self._context.spec, self._context.kv
-        rows = native_rows(batch, kv)
+        rows = native_rows(batch, self._context.kv)
+        windows = set(self._context.spec.sliding_windows)
         return NativePlan(
-            {
-                window: AttentionPlan(
-                    self._kernels,
-                    rows,
-                    num_q_heads=spec.num_heads,
-                    num_kv_heads=spec.num_kv_heads,
-                    head_dim=spec.head_dim,
-                    cache_tokens=kv.num_total_tokens,
-                    scale=spec.head_dim**-0.5,
-                    window=window,
-                    norm_eps=spec.norm_eps,
-                )
-                for window in set(spec.sliding_windows)
-            }
+            {window: AttentionPlan(self._kernels, rows, self._shape, window=window) for window in windows}
         )
 
     def attend(self, layer: int, qkv: Tensor, plan: NativePlan) -> Tensor:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dspark_batch.models.kernels.library import AttentionPlan, Kernels, attend
+from dspark_batch.models.kernels.library import AttentionPlan, AttentionShape, Kernels, attend
 
 TOLERANCE = {torch.bfloat16: 2e-2, torch.float32: 2e-5}
 
@@ -72,17 +72,14 @@ def tensors(case: Case, dtype: torch.dtype, *, seed: int = 0) -> Tensors:
 
 def run(kernels: Kernels, case: Case, given: Tensors) -> Tensor:
     """The kernel on copies of qkv; writes the cache in place."""
-    plan = AttentionPlan(
-        kernels,
-        case.rows,
+    shape = AttentionShape(
         num_q_heads=case.num_q_heads,
         num_kv_heads=case.num_kv_heads,
         head_dim=case.head_dim,
         cache_tokens=case.cache_tokens,
-        scale=case.head_dim**-0.5,
-        window=case.window,
         norm_eps=1e-5,
     )
+    plan = AttentionPlan(kernels, case.rows, shape, window=case.window)
     out = torch.full((case.num_tokens, case.num_q_heads * case.head_dim), float("nan"), dtype=given.qkv.dtype)
     attend(
         kernels,
