@@ -128,11 +128,15 @@ def task_facts() -> TaskFacts:
 
 
 def prepare_process(config: EngineConfig, facts: TaskFacts) -> None:
-    """Set what the engine's libraries read when they load: the task's GPUs, and as many threads as it has cores."""
+    """Set what the engine's libraries read when they load: the task's GPUs, and the engine's threads.
+
+    By default these are as many as the task has cores. Spark's own value, the same, would hold even where
+    ``engine.threads`` asks for more.
+    """
     if facts.gpus:
         os.environ[VISIBLE_DEVICES] = visible_devices(facts.gpus, inherited=os.environ.get(VISIBLE_DEVICES))
-    if config.threads == "auto" and "torch" not in sys.modules:
-        os.environ[NUM_THREADS] = str(facts.num_cpus)
+    if "torch" not in sys.modules:
+        os.environ[NUM_THREADS] = str(facts.num_cpus if config.threads == "auto" else config.threads)
 
 
 def uses_sidecar(spec: EngineSpec, facts: TaskFacts) -> bool:

@@ -127,6 +127,14 @@ def _fill(values: dict[str, Any], section: str, **defaults: object) -> None:
 
 
 def _not_for_dataframes(job: JobConfig) -> list[Problem]:
-    if job.input.filter is None:
-        return []
-    return [Problem("input.filter", "is for files; filter the DataFrame before it is given to Spark's connector")]
+    """What is refused rather than ignored."""
+    refused = {
+        "filter": "filter the DataFrame before it is given to Spark's connector",
+        "incremental": "give Spark's connector the new rows only",
+        "version": "read that version with Spark",
+    }
+    return [
+        Problem(f"input.{name}", f"is for files and tables on disk; {advice}")
+        for name, advice in refused.items()
+        if getattr(job.input, name) is not None
+    ]

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pyspark.sql import types as T  # noqa: N812
 
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 STATE_FILE = "stages.json"
 TIMESTAMP_TYPE = "spark.sql.parquet.outputTimestampType"
+
+_NULL_KEYS = frozenset({"nullable", "containsNull", "valueContainsNull"})
 
 _PLAIN_TYPES = (
     T.StringType,
@@ -118,6 +120,21 @@ def check_types(schema: T.StructType) -> None:
     ]
     if problems:
         raise ConfigError(problems)
+
+
+def without_not_null(schema: T.StructType) -> T.StructType:
+    """The schema with NULL allowed everywhere, as in every table of files that Spark reads."""
+    loosened: T.StructType = T.StructType.fromJson(_with_null(schema.jsonValue()))
+    return loosened
+
+
+def _with_null(value: Any) -> Any:
+    """A schema's JSON, with what says whether NULL may occur set to yes."""
+    if isinstance(value, list):
+        return [_with_null(entry) for entry in value]
+    if isinstance(value, dict):
+        return {name: True if name in _NULL_KEYS else _with_null(entry) for name, entry in value.items()}
+    return value
 
 
 def _survives(kind: T.DataType) -> bool:

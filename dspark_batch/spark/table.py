@@ -16,7 +16,13 @@ from dspark_batch.batch.commit import RunStore
 from dspark_batch.errors import ConfigError, EngineError, OutputError, Problem
 from dspark_batch.job.config import JobConfig
 from dspark_batch.spark.jobs import ConfigLike, resolve_config
-from dspark_batch.spark.staging import Stages, StagingFolder, check_types, microsecond_timestamps
+from dspark_batch.spark.staging import (
+    Stages,
+    StagingFolder,
+    check_types,
+    microsecond_timestamps,
+    without_not_null,
+)
 from dspark_batch.spark.transform import output_schema
 
 if TYPE_CHECKING:
@@ -49,7 +55,8 @@ def run_table(
 
     The source is written to ``staging`` as Parquet, a job runs over it there (with shards, manifest and resume), and
     its result becomes the table ``target``. The same call again goes on where it was interrupted: a staged input and
-    committed shards are not done again, and a landed target is only read. The staged rows are those of the first call.
+    committed shards are not done again, and a landed target is only read; one that was dropped since is landed again.
+    The staged rows are those of the first call.
 
     Args:
         source: a table's name, or a DataFrame.
@@ -76,7 +83,7 @@ def run_table(
     if not stages.is_landed and not stages.is_landing and if_exists == "error" and spark.catalog.tableExists(target):
         message = f"{target!r} exists already; use if_exists='overwrite', or another name"
         raise ConfigError([Problem("target", message, "argument")])
-    if stages.is_landed:
+    if stages.is_landed and spark.catalog.tableExists(target):
         return spark.table(target)
     if not stages.is_staged:
         stages = _stage(spark, frame, folder=folder, stages=stages)
@@ -108,8 +115,10 @@ def _stage(spark: SparkSession, frame: DataFrame, *, folder: StagingFolder, stag
 
 
 def _staged_job(job: JobConfig, *, folder: StagingFolder, backend: TableBackend) -> JobConfig:
-    source = job.input.model_copy(update={"path": folder.for_arrow(INPUT), "format": "parquet"})
-    output = job.output.model_copy(update={"path": folder.for_arrow(OUTPUT), "mode": "resume"})
+    """The files in between are always Parquet, whatever the config says of its own input and output."""
+    source = job.input.model_copy(update={"path": folder.for_arrow(INPUT), "format": "parquet", "catalog": None})
+    plain = {"mode": "resume", "format": "parquet", "table": None, "catalog": None}
+    output = job.output.model_copy(update={"path": folder.for_arrow(OUTPUT), **plain})
     engine = job.engine.model_copy(update={"backend": backend})
     return job.model_copy(update={"input": source, "output": output, "engine": engine})
 
@@ -144,10 +153,24 @@ def submit_ray_job(
 
 
 def _land(spark: SparkSession, *, folder: StagingFolder, stages: Stages, declared: StructType) -> None:
-    """From here on the target is this run's own, so that an interrupted landing is simply done again."""
+    """From here on the target is this run's own, so that an interrupted landing is simply done again.
+
+    The table is made empty and filled then. Made with its rows at once, a landing that dies leaves files that belong to
+    no table, and Spark refuses to write over them.
+    """
     entries = RunStore(folder.for_arrow(OUTPUT)).committed(verify_checksums=False)
     folder.save(replace(stages, is_landing=True))
     files = [folder.for_spark(f"{OUTPUT}/{entries[name].file}") for name in sorted(entries)]
     rows = spark.read.schema(declared).parquet(*files) if files else spark.createDataFrame([], declared)
-    rows.write.mode("overwrite").saveAsTable(stages.target)
+    _make_table(spark, stages.target, without_not_null(declared))
+    rows.write.insertInto(stages.target, overwrite=True)
     folder.save(replace(stages, is_landing=True, is_landed=True))
+
+
+def _make_table(spark: SparkSession, target: str, schema: StructType) -> None:
+    """A table with these columns, of the session's own format; one that has them already stays as it is."""
+    if spark.catalog.tableExists(target):
+        if spark.table(target).schema.simpleString() == schema.simpleString():
+            return
+        spark.sql(f"DROP TABLE {target}")
+    spark.catalog.createTable(target, schema=schema)

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import datetime as dt
-from decimal import Decimal
-
 import pytest
 import yaml
-from pyspark.sql import Row
 
 from dspark_batch.cli import run_cli
 from dspark_batch.errors import ConfigError, OutputError
@@ -15,41 +11,16 @@ from dspark_batch.spark import run_table
 from dspark_batch.spark import table as table_module
 from dspark_batch.testing.counting_engine import EngineFolder
 from dspark_batch.testing.spark_rows import job_values
+from dspark_batch.testing.wide_table import NULL_ID, WIDE_SCHEMA, canonical, wide_rows
 
 pytestmark = pytest.mark.spark
 
-SCHEMA = """
-  id long, body string, small int, amount decimal(12,3), day date, at timestamp, at_wall timestamp_ntz,
-  tags array<string>, place struct<city: string, geo: struct<lat: double, long: double>>,
-  counts map<string, int>, raw binary, ok boolean, ratio float, times array<timestamp>
-"""
 NUM_ROWS = 23
-
-
-def full_row(number: int) -> Row:
-    at = dt.datetime(2026, 3, 29, 0, 30, 0, 123456) + dt.timedelta(hours=number)
-    return Row(
-        number,
-        f"text {number} ünï",
-        number - 5,
-        Decimal(number) * Decimal("1234.567"),
-        dt.date(1969, 12, 25) + dt.timedelta(days=number),
-        at.replace(tzinfo=dt.UTC),
-        at,
-        [f"t{n}" for n in range(number % 3)] + [None],
-        Row("Köln", Row(50.9, None)),
-        {"a": number, "b": None},
-        bytes([number, 0, 255]),
-        number % 2 == 0,
-        number / 7,
-        [at.replace(tzinfo=dt.UTC), None],
-    )
 
 
 @pytest.fixture(scope="module")
 def source(spark):
-    null = (NUM_ROWS, "only the text", *([None] * 12))
-    frame = spark.createDataFrame([*map(full_row, range(NUM_ROWS)), null, (99, *([None] * 13))], SCHEMA)
+    frame = spark.createDataFrame(wide_rows(NUM_ROWS), WIDE_SCHEMA)
     frame.write.mode("overwrite").saveAsTable("wide_source")
     return spark.table("wide_source")
 
@@ -80,10 +51,6 @@ def generate_table(spark, target, config, staging, **kwargs):
     )
 
 
-def canonical(frame) -> list[str]:
-    return sorted(str(row.asDict(recursive=True)) for row in frame.collect())
-
-
 def test_a_table_comes_back_with_every_untouched_column_as_it_was(
     spark, source, engine, table_job, target, tmp_path
 ) -> None:
@@ -95,9 +62,9 @@ def test_a_table_comes_back_with_every_untouched_column_as_it_was(
     assertDataFrameEqual(untouched.drop("counts"), source.drop("counts"))
     assert canonical(untouched) == canonical(source)
     texts = {row.id: (row.text, row.error) for row in result.collect()}
-    assert texts[99][0] is None
-    assert texts[99][1].code == "null_prompt"
-    assert all(text for row_id, (text, _) in texts.items() if row_id != 99)
+    assert texts[NULL_ID][0] is None
+    assert texts[NULL_ID][1].code == "null_prompt"
+    assert all(text for row_id, (text, _) in texts.items() if row_id != NULL_ID)
     assert len(engine.rows()) == NUM_ROWS + 1
     assert spark.conf.get("spark.sql.parquet.outputTimestampType") == "INT96"
 

@@ -89,7 +89,7 @@ def test_devices_and_threads_are_set_before_the_engine_loads(monkeypatch: pytest
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "2"
     assert os.environ["OMP_NUM_THREADS"] == "4"
     prepare_process(EngineConfig(threads=2), facts(num_cpus=8))
-    assert os.environ["OMP_NUM_THREADS"] == "4"
+    assert os.environ["OMP_NUM_THREADS"] == "2"
 
 
 def test_a_process_loads_an_engine_once_and_another_only_for_another_spec(tmp_path) -> None:

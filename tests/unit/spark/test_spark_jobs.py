@@ -60,10 +60,10 @@ def test_problems_are_listed_together_and_name_their_source(tmp_path: Path) -> N
     assert str(file) in str(error.value)
 
 
-def test_a_filter_for_files_is_refused_rather_than_ignored() -> None:
+def test_what_only_files_have_is_refused_rather_than_ignored() -> None:
     with pytest.raises(ConfigError) as error:
-        resolve_config({**MINIMAL, "input": {"filter": "stars > 3"}})
-    assert fields(error) == ["input.filter"]
+        resolve_config({**MINIMAL, "input": {"filter": "stars > 3", "incremental": "files"}})
+    assert fields(error) == ["input.filter", "input.incremental"]
 
 
 def test_a_function_takes_its_prompt_as_it_stands() -> None:

@@ -9,7 +9,13 @@ import pytest
 from pyspark.sql import types as T  # noqa: N812
 
 from dspark_batch.errors import ConfigError, EngineError, OutputError
-from dspark_batch.spark.staging import Stages, StagingFolder, check_types, microsecond_timestamps
+from dspark_batch.spark.staging import (
+    Stages,
+    StagingFolder,
+    check_types,
+    microsecond_timestamps,
+    without_not_null,
+)
 from dspark_batch.spark.table import submit_ray_job
 
 STAGES = Stages(source="a", target="b", schema="{}")
@@ -84,6 +90,16 @@ def test_types_that_parquet_changes_are_refused_wherever_they_hide() -> None:
     with pytest.raises(ConfigError) as error:
         check_types(T.StructType([column("fine", nested), *(column(name, kind) for name, kind in wrong.items())]))
     assert [problem.message.split("'")[1] for problem in error.value.problems] == list(wrong)
+
+
+def test_null_may_be_anywhere_in_a_table_and_nothing_else_changes() -> None:
+    def schema(allowed: bool) -> T.StructType:
+        inner = T.StructType([T.StructField("x", T.DecimalType(9, 2), allowed)])
+        cells = T.MapType(T.StringType(), T.ArrayType(inner, containsNull=allowed), valueContainsNull=allowed)
+        return T.StructType([T.StructField("cells", cells, allowed, {"comment": "kept"})])
+
+    assert without_not_null(schema(allowed=False)) == without_not_null(schema(allowed=True)) == schema(allowed=True)
+    assert without_not_null(schema(allowed=False)).fields[0].metadata == {"comment": "kept"}
 
 
 def test_a_submitted_ray_job_runs_the_job_file_and_reports_its_failure() -> None:
