@@ -45,13 +45,11 @@ def throughput(
         sys.stdout.write(json.dumps(report.as_dict()) + "\n")
 
 
-def parse_concurrencies(text: str) -> tuple[int, ...]:
-    """``"1,8,32"`` -> (1, 8, 32). Raises ConfigError for anything but positive whole numbers."""
+def parse_concurrencies(text: str, *, option: str = "--concurrency") -> tuple[int, ...]:
+    """``"1,8,32"`` -> (1, 8, 32). Raises ConfigError, naming ``option``, for anything but positive whole numbers."""
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isdecimal() and int(part) >= 1 for part in parts):
-        raise ConfigError(
-            [Problem("--concurrency", f"must be whole numbers such as 1,8,32, got {text!r}", "command line")]
-        )
+        raise ConfigError([Problem(option, f"must be whole numbers such as 1,8,32, got {text!r}", "command line")])
     return tuple(int(part) for part in parts)
 
 

@@ -13,6 +13,7 @@ from dspark_batch.metrics import EngineStats
 
 if TYPE_CHECKING:
     from dspark_batch.models.loader import LoadedTarget
+    from dspark_batch.scheduling.policies import LengthPolicy
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,15 +48,19 @@ class Measurement:
         return {**asdict(self), "tokens_per_s": self.tokens_per_s}
 
 
-def measure(loaded: LoadedTarget, config: EngineConfig, requests: Sequence[Request]) -> Measurement:
+def measure(
+    loaded: LoadedTarget, config: EngineConfig, requests: Sequence[Request], *, policy: LengthPolicy | None = None
+) -> Measurement:
     """Decode ``requests`` with a fresh engine: a drafter that learns from the job starts empty, as in a new job.
+
+    policy: instead of the one that ``config.schedule`` names.
 
     Raises:
         ValueError: a request failed, so the figures would not be comparable.
     """
     from dspark_batch.engine.engine import BatchEngine
 
-    with BatchEngine(loaded, config) as engine:
+    with BatchEngine(loaded, config, policy=policy) as engine:
         started = time.perf_counter()
         for request in requests:
             engine.add(request)

@@ -12,10 +12,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from dspark_batch.scheduling.calibration import NUM_BINS, auc
+from dspark_batch.scheduling.calibration import expected_calibration_error as ece
 from dspark_batch.training.recording import DraftedRound
 
 Floats = NDArray[np.float64]
-NUM_BINS = 15
 _GRID: Floats = np.exp(np.linspace(np.log(1 / 8), np.log(8), 97))
 _EPSILON = 1e-6
 
@@ -97,24 +98,6 @@ def survival_of(data: Observed, temperatures: Sequence[float]) -> Floats:
     """[N, K], running products of the scaled confidences."""
     chances = _sigmoid(data.logits / np.asarray(temperatures))
     return np.asarray(chances.cumprod(axis=1), dtype=np.float64)
-
-
-def ece(chances: Floats, happened: NDArray[np.bool_], *, num_bins: int = NUM_BINS) -> float:
-    """Expected calibration error over bins of equal width: mean distance of chance and frequency, by bin."""
-    bins = np.minimum((chances * num_bins).astype(np.int64), num_bins - 1)
-    gaps = np.bincount(bins, weights=chances - happened, minlength=num_bins)
-    return float(np.abs(gaps).sum() / max(1, len(chances)))
-
-
-def auc(scores: Floats, happened: NDArray[np.bool_]) -> float | None:
-    """Chance that a round that stands scores above one that does not, ties counting half."""
-    num_true = int(happened.sum())
-    num_false = len(happened) - num_true
-    if not num_true or not num_false:
-        return None
-    _, inverse, counts = np.unique(scores, return_inverse=True, return_counts=True)
-    mean_rank = (np.cumsum(counts) - (counts - 1) / 2)[inverse]
-    return float((mean_rank[happened].sum() - num_true * (num_true + 1) / 2) / (num_true * num_false))
 
 
 def _sigmoid(x: Floats) -> Floats:

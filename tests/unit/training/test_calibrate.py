@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from dspark_batch.training.calibrate import auc, calibrate, ece, fit_temperatures, observed
+from dspark_batch.training.calibrate import calibrate, fit_temperatures, observed
 from dspark_batch.training.recording import DraftedRound
 
 TRUE = (2.0, 0.5, 1.5)
@@ -51,11 +51,3 @@ def test_rounds_cut_short_by_the_rows_end_are_left_out_but_early_rejections_coun
 
 def test_too_few_rounds_give_no_calibration() -> None:
     assert calibrate(simulated(20), num_slots=3) is None
-
-
-def test_ece_and_auc_by_hand() -> None:
-    chances = np.array([0.9, 0.9, 0.1, 0.1])
-    assert ece(chances, np.array([True, True, False, False])) == pytest.approx(0.1)
-    assert ece(chances, np.array([True, False, True, False])) == pytest.approx(0.4)
-    assert auc(np.array([0.1, 0.4, 0.4, 0.8]), np.array([False, False, True, True])) == pytest.approx(0.875)
-    assert auc(np.array([0.1, 0.4]), np.array([True, True])) is None
