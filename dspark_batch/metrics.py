@@ -2,7 +2,35 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
+from enum import StrEnum
+
+
+class PlanReason(StrEnum):
+    """Why a round drafted what it drafted."""
+
+    OFF = "off"
+    """The schedule never drafts, or the drafter cannot."""
+    FIXED = "fixed"
+    """Always the same length."""
+    THRESHOLD = "threshold"
+    """As far as the drafter's confidence reaches."""
+    NO_TABLE = "no_table"
+    """Nothing is known about costs, so nothing is trimmed."""
+    AT_LIMIT = "at_limit"
+    """No row can use more than one token, or the step has no room."""
+    PAUSED = "paused"
+    """Drafting did not pay lately; it is tried again after a pause."""
+    EXPLORE = "explore"
+    """Drafted in order to learn whether it pays; only what pays at once is verified."""
+    PLAIN_STEP = "plain_step"
+    """Drafting pays; one plain step keeps the cost of plain decoding known."""
+    NOT_WORTH_IT = "not_worth_it"
+    """No length was expected to pay, before the draft or after it."""
+    NO_OFFER = "no_offer"
+    """The drafter was asked and had nothing."""
+    DRAFTED = "drafted"
+    """The lengths with the best expected tokens per second."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -11,11 +39,11 @@ class StepRecord:
 
     num_rows: samples with a verify slice. num_verify_tokens: their flat tokens, anchors included. num_prefill_tokens:
     flat prompt tokens of the same forward. num_planned_draft_tokens: what the schedule asked the drafter for, 0 where
-    it chose not to draft. num_drafted_tokens: proposed by the drafter, whether verified or not.
-    num_accepted_tokens: drafted tokens that stand; num_emitted_tokens also counts the one that follows them, less what
-    a stop or the length limit dropped. The four times add up to the step: drafting; target forward, logits included;
-    sampling, verification and commit; everything else on the host. On a device that works asynchronously, the sampling
-    time also holds the wait for the forward.
+    it chose not to draft; reason: why, None without decoding rows. num_drafted_tokens: proposed by the drafter, whether
+    verified or not. num_accepted_tokens: drafted tokens that stand; num_emitted_tokens also counts the one that follows
+    them, less what a stop or the length limit dropped. The four times add up to the step: drafting; target forward,
+    logits included; sampling, verification and commit; everything else on the host. On a device that works
+    asynchronously, the sampling time also holds the wait for the forward.
     """
 
     num_rows: int = 0
@@ -32,11 +60,15 @@ class StepRecord:
     forward_s: float = 0.0
     sample_s: float = 0.0
     host_s: float = 0.0
+    reason: PlanReason | None = None
 
 
 @dataclass(slots=True)
 class EngineStats:
-    """Totals over all steps of an engine; times in seconds, counts as in :class:`StepRecord`."""
+    """Totals over all steps of an engine; times in seconds, counts as in :class:`StepRecord`.
+
+    num_steps_by_reason: how often the schedule decided what.
+    """
 
     num_steps: int = 0
     num_row_rounds: int = 0
@@ -53,6 +85,7 @@ class EngineStats:
     forward_s: float = 0.0
     sample_s: float = 0.0
     host_s: float = 0.0
+    num_steps_by_reason: dict[PlanReason, int] = field(default_factory=dict)
     last: StepRecord | None = None
 
     def add(self, record: StepRecord) -> None:
@@ -69,6 +102,8 @@ class EngineStats:
         self.forward_s += record.forward_s
         self.sample_s += record.sample_s
         self.host_s += record.host_s
+        if record.reason is not None:
+            self.num_steps_by_reason[record.reason] = self.num_steps_by_reason.get(record.reason, 0) + 1
         self.last = record
 
     @property
@@ -84,4 +119,4 @@ class EngineStats:
 
     def as_dict(self) -> dict[str, int | float]:
         """The totals by name, for a metrics line."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "last"}
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("last", "num_steps_by_reason")}

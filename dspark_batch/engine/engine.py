@@ -83,7 +83,7 @@ class BatchEngine:
         self._runner = StepRunner(
             target,
             drafter=self._drafter,
-            policy=policy or make_policy(config, self._drafter, target),
+            policy=policy or make_policy(config, self._drafter, target, target_fingerprint=loaded.fingerprint),
             verifier=make_verifier(config),
             max_step_tokens=config.max_step_tokens,
             poison_dead_kv=config.poison_dead_kv,

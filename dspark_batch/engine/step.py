@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
@@ -18,6 +19,8 @@ from dspark_batch.sampling.sampler import GreedyDraws, PositionBatch, SampledRow
 from dspark_batch.scheduling.policies import LengthPolicy, RoundLoad, RoundOutcome
 from dspark_batch.tensors import DraftBlock, ForwardBatch, OffersFastDraws, RowSlice, Target
 from dspark_batch.verification.base import Verifier, VerifyRow
+
+logger = logging.getLogger(__name__)
 
 _LOGIT_ELEMENTS = 2**24
 """Logits held at a time, in float32 elements; bounds the memory of sampling."""
@@ -45,6 +48,7 @@ class _Tally:
     num_finished: int = 0
     logits_s: float = 0.0
     accepted: list[int] = field(default_factory=list)
+    emitted: list[Sequence[int]] = field(default_factory=list)
 
 
 class StepRunner:
@@ -101,11 +105,12 @@ class StepRunner:
                 num_prefill_tokens=len(token_ids) - num_verify,
                 draft_s=draft_s,
                 step_s=commit_until - started - draft_s,
+                emitted=tally.emitted[: len(decoding)],
             )
             self._policy.observe(load, outcome)
         forward_s = sample_from - forward_from + tally.logits_s
         sample_s = commit_until - sample_from - tally.logits_s
-        return StepRecord(
+        record = StepRecord(
             num_rows=len(decoding),
             num_prefill_tokens=len(token_ids) - num_verify,
             num_verify_tokens=num_verify,
@@ -120,7 +125,10 @@ class StepRunner:
             forward_s=forward_s,
             sample_s=sample_s,
             host_s=perf_counter() - started - draft_s - forward_s - sample_s,
+            reason=self._policy.reason if decoding and self._drafter.max_draft_tokens else None,
         )
+        logger.debug("%s", record)
+        return record
 
     def _load(self, rows: Sequence[RowState], *, num_pending: int, num_queued: int) -> RoundLoad:
         spare = self._max_step_tokens - len(rows)
@@ -131,8 +139,9 @@ class StepRunner:
         return RoundLoad(
             handles=[row.draft_row.handle for row in rows],
             limits=limits,
-            num_prefill_tokens=num_pending,
+            num_prefill_tokens=min(num_pending, spare),
             num_queued=num_queued,
+            context_tokens=sum(row.kv_len for row in rows) / max(1, len(rows)),
         )
 
     def _draft(self, rows: Sequence[RowState], load: RoundLoad) -> tuple[DraftBlock, int, float]:
@@ -250,6 +259,7 @@ class StepRunner:
         flat = 0
         wanted: list[tuple[RowState, int, list[int]]] = []
         for row, part, accepted, after in zip(rows, parts, verdict.num_accepted, verdict.next_token, strict=True):
+            emitted: list[int] = []
             if all(finite[flat : flat + accepted + 1]):
                 emitted = _commit(row, [*part.draft[:accepted], after], accepted, tally)
                 if row.sampling.logprobs is not None:
@@ -260,6 +270,7 @@ class StepRunner:
                     message=f"{row.request.id!r}: the target gave NaN or infinite logits after {row.num_output} tokens",
                 )
                 tally.num_finished += 1
+            tally.emitted.append(emitted)
             flat += len(part.draft) + 1
         return wanted
 

@@ -1,48 +1,176 @@
-"""Times steps of the loaded target before the first row, to seed the cost of the automatic schedule."""
+"""Times steps and drafts of a loaded model before the first row: the cost table of the automatic schedule."""
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Sequence
+from itertools import count
 from time import perf_counter
 
 import torch
 
+from dspark_batch.core import SamplingParams
+from dspark_batch.drafters.base import Drafter, DraftRow
+from dspark_batch.engine.config import EngineConfig
 from dspark_batch.models.runner import TargetRunner
-from dspark_batch.scheduling.cost import StepCost
-from dspark_batch.scheduling.profiler import profile_steps
+from dspark_batch.models.sources import cache_dir
+from dspark_batch.provenance import device_facts, versions
+from dspark_batch.scheduling.cost_cache import CostKey, load_table, save_table
+from dspark_batch.scheduling.cost_table import CostTable
+from dspark_batch.scheduling.profiler import Grid, measure_costs
 from dspark_batch.tensors import ForwardBatch, RowSlice, Target
 
-_ROWS = 32
+logger = logging.getLogger(__name__)
+
+MOST_ROWS = {"cpu": 64, "cuda": 256}
+"""Rows up to which costs are measured, unless more are decoded together."""
+
+_DRAFTERS_WITH_FORWARD = frozenset({"dspark", "draft_model", "hybrid"})
+_DRAFT_CONTEXT_TOKENS = 128
+_VERSIONS = ("torch", "dspark-batch")
 
 
-def measured_step_cost(target: Target, *, max_step_tokens: int) -> StepCost:
-    """The cost by flat tokens as measured now; unseeded where the target is not a loaded model. Leaves no KV behind."""
+def cost_table(
+    target: Target, drafter: Drafter, config: EngineConfig, *, target_fingerprint: str, measure_anew: bool = False
+) -> CostTable | None:
+    """The table of this target on this device, from the cache folder or measured now and kept there.
+
+    None where the target is not a loaded model, or has no room for a single row. Leaves no KV and no drafter state.
+    """
     if not isinstance(target, TargetRunner):
-        return StepCost()
-    return StepCost(profile_steps(lambda count: _time_step(target, count, max_step_tokens=max_step_tokens)))
-
-
-@torch.inference_mode()
-def _time_step(target: TargetRunner, num_tokens: int, *, max_step_tokens: int) -> float | None:
-    """Seconds of a forward, its logits and the choice of tokens; None where the step or its KV does not fit."""
-    if num_tokens > max_step_tokens:
         return None
-    num_rows = min(num_tokens, _ROWS)
-    per_row = num_tokens // num_rows
-    slots: list[int] = []
-    try:
-        while len(slots) < num_rows:
-            slot = target.kv.allocate(per_row)
-            if slot is None:
-                return None
-            slots.append(slot)
-        batch = ForwardBatch(
-            token_ids=torch.zeros(num_rows * per_row, dtype=torch.int64, device=target.device),
-            slices=tuple(RowSlice(slot, 0, per_row) for slot in slots),
-            logit_index=torch.arange(num_rows * per_row, device=target.device),
-        )
-        started = perf_counter()
-        target.logits(target.forward(batch).hidden).argmax(-1).tolist()
-        return perf_counter() - started
-    finally:
-        for slot in slots:
-            target.kv.free(slot)
+    folder = cache_dir() / "costs"
+    key = cost_key(target, drafter, config, target_fingerprint=target_fingerprint)
+    most_rows = MOST_ROWS[target.device.type]
+    if config.max_concurrency != "auto":
+        most_rows = max(most_rows, config.max_concurrency)
+    most_rows = min(most_rows, config.max_step_tokens)
+    if not measure_anew:
+        table = load_table(folder, key, most_rows=most_rows)
+        if table is not None:
+            return table
+    started = perf_counter()
+    table = measure_table(target, drafter, most_rows=most_rows, max_step_tokens=config.max_step_tokens)
+    if table is None:
+        return None
+    save_table(folder, key, table, is_all_that_fits=table.most_rows < most_rows)
+    logger.info("measured %d step costs in %.1f s", len(table.steps), perf_counter() - started)
+    return table
+
+
+def cost_key(target: TargetRunner, drafter: Drafter, config: EngineConfig, *, target_fingerprint: str) -> CostKey:
+    """What decides the times of this target and drafter."""
+    facts, known = device_facts(), versions()
+    is_cuda = target.device.type == "cuda"
+    return CostKey(
+        device=torch.cuda.get_device_name(target.device) if is_cuda else f"{facts.cpu} ({facts.num_cpus} usable)",
+        threads=torch.get_num_threads(),
+        target=target_fingerprint,
+        dtype=str(target.dtype).removeprefix("torch."),
+        drafter=f"{drafter.name}, {drafter.max_draft_tokens} tokens, taps {drafter.taps}, {config.drafter_path}",
+        versions=tuple(f"{name} {known.get(name, 'unknown')}" for name in _VERSIONS),
+    )
+
+
+def measure_table(
+    target: TargetRunner, drafter: Drafter, *, most_rows: int, max_step_tokens: int, budget_s: float = 4.0
+) -> CostTable | None:
+    """Time steps for ``budget_s`` seconds or a little more."""
+    has_forward = drafter.name in _DRAFTERS_WITH_FORWARD
+    grid = Grid.for_engine(
+        most_rows=most_rows,
+        longest_draft=drafter.max_draft_tokens,
+        max_context=target.max_context,
+        has_forward=has_forward,
+    )
+    steps = _StepTimer(target, taps=drafter.taps, max_step_tokens=max_step_tokens)
+    drafts = _DraftTimer(target, drafter)
+    return measure_costs(grid, time_step=steps, time_draft=drafts, budget_s=budget_s)
+
+
+class _StepTimer:
+    """Seconds of a forward, its logits and the choice of tokens. Reads whatever KV the pool holds."""
+
+    def __init__(self, target: TargetRunner, *, taps: tuple[int, ...], max_step_tokens: int) -> None:
+        self._target = target
+        self._taps = taps
+        self._max_step_tokens = max_step_tokens
+
+    @torch.inference_mode()
+    def __call__(self, context_tokens: int, num_rows: int, num_tokens: int) -> float | None:
+        target = self._target
+        longest = context_tokens + -(-num_tokens // num_rows)
+        if num_tokens > self._max_step_tokens or longest > target.max_context:
+            return None
+        slots: list[int] = []
+        try:
+            while len(slots) < num_rows:
+                slot = target.kv.allocate(longest)
+                if slot is None:
+                    return None
+                slots.append(slot)
+            lengths = [num_tokens // num_rows + (r < num_tokens % num_rows) for r in range(num_rows)]
+            batch = ForwardBatch(
+                token_ids=torch.zeros(num_tokens, dtype=torch.int64, device=target.device),
+                slices=tuple(RowSlice(s, context_tokens, n) for s, n in zip(slots, lengths, strict=True)),
+                logit_index=torch.arange(num_tokens, device=target.device),
+                taps=self._taps,
+            )
+            started = perf_counter()
+            self._choose(target.forward(batch).hidden)
+            return perf_counter() - started
+        finally:
+            for slot in slots:
+                target.kv.free(slot)
+
+    def _choose(self, hidden: torch.Tensor) -> list[int]:
+        fast = self._target.fast_draws
+        tokens = fast.greedy(hidden)[0] if fast is not None else self._target.logits(hidden).argmax(-1)
+        chosen: list[int] = tokens.tolist()
+        return chosen
+
+
+class _DraftTimer:
+    """Seconds of a drafting call for rows that are up to date but for one token."""
+
+    def __init__(self, target: TargetRunner, drafter: Drafter) -> None:
+        self._target = target
+        self._drafter = drafter
+        self._handles = count(-1, -1)
+        self._context = max(1, min(_DRAFT_CONTEXT_TOKENS, target.max_context - drafter.max_draft_tokens - 4))
+
+    @torch.inference_mode()
+    def __call__(self, num_rows: int, num_tokens: int) -> float | None:
+        vocab = self._target.vocab_size
+        tokens = [[(7919 * r + 104729 * i) % vocab for i in range(self._context + 1)] for r in range(num_rows)]
+        rows = [self._row(ids) for ids in tokens]
+        added: list[DraftRow] = []
+        try:
+            for row in rows:
+                self._drafter.add(row)
+                added.append(row)
+                self._observe(row, 0)
+            self._drafter.propose(rows, [num_tokens] * num_rows)
+            for row, ids in zip(rows, tokens, strict=True):
+                ids.append(ids[0])
+                self._observe(row, self._context)
+            started = perf_counter()
+            block = self._drafter.propose(rows, [num_tokens] * num_rows)
+            seconds = perf_counter() - started
+            return seconds if all(block.token_ids) else None
+        finally:
+            for row in added:
+                self._drafter.remove(row, finished=False)
+
+    def _row(self, token_ids: Sequence[int]) -> DraftRow:
+        sampling = SamplingParams(max_new_tokens=self._drafter.max_draft_tokens + 2, ignore_eos=True)
+        return DraftRow(next(self._handles), 0, sampling, token_ids, len(token_ids))
+
+    def _observe(self, row: DraftRow, start: int) -> None:
+        """All tokens but the last have their KV."""
+        taps = len(self._drafter.taps)
+        features = None
+        if taps:
+            shape = (len(row.token_ids) - 1 - start, taps * self._target.spec.hidden_size)
+            features = torch.zeros(shape, dtype=self._target.dtype, device=self._target.device)
+        self._drafter.observe(row, features, start)

@@ -1,226 +1,373 @@
 """``schedule: auto``: draft where it pays, as long as it pays, judged by measured cost and observed acceptance.
 
 Per round: a gate decides whether to draft at all (by what drafting saved lately at this number of rows), the acceptance
-history how long, and after the draft its confidences which tokens to verify. The objective is emitted tokens per
-second, drafting included. Choices depend on step times; so in coupled mode outputs do not depend on them, and in the
-rejection modes sampled drafts are cut by earlier rounds' knowledge only.
+history how long, and after the draft its own word which tokens to verify. The objective is emitted tokens per second,
+drafting included. Choices depend on step times; so in coupled mode outputs do not depend on them, and in the rejection
+modes sampled drafts are cut by rules that have not seen what they cut.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from dspark_batch.metrics import PlanReason
 from dspark_batch.scheduling.cost import DraftCost, StepCost
-from dspark_batch.scheduling.estimator import AcceptanceHistory, ConfidenceScale
+from dspark_batch.scheduling.exploration import Exploration
 from dspark_batch.scheduling.gate import Gate
-from dspark_batch.scheduling.planner import Admitted, admit
+from dspark_batch.scheduling.lengths import CHEAP_DRAFT, best_lengths, costs_by_token, row_seconds, rows_worth_drafting
+from dspark_batch.scheduling.planner import Admitted, StepSeconds, admit, admit_budget, admit_early_stop
 from dspark_batch.scheduling.policies import RoundLoad, RoundOutcome, is_one_hot
+from dspark_batch.scheduling.shadow import ShadowLabels, labels_of_round
+from dspark_batch.scheduling.survival import FlatDraft, SurvivalModel
 from dspark_batch.tensors import DraftBlock, VerifyPlan
+
+logger = logging.getLogger(__name__)
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
+CausalRule = Literal["early_stop", "lagged"]
 
-_EXPLORED_TOKENS = 4
+_ASK_AGAIN_EVERY = 32
+_PROBED_SHARE = 8
+_CHEAP_ROUND = 1.2
+_PROMISING = 0.02
+_SHORT_DRAFT_TOKENS = 4
+_FEWEST_LABELS = 16
 _CLEAR_SAVING = 0.5
 _PLAIN_EVERY_IN_DOUBT = 8
 _PLAIN_EVERY = 64
+_PLAIN_EVERY_IF_CLEAR = 512
 """Rounds after which one plain round is run if none was, so that the cost of plain decoding stays known."""
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Round:
-    """The round between its draft lengths and its outcome."""
+    """The round between its draft lengths and its outcome. is_probe: of a closed gate; promise: what drafting for all
+    rows would save in plain steps, where that is known. may_follow: emitted tokens are labels for all drafted ones."""
 
     asked: Ints
-    explores: bool
-    confidence: Floats | None = None
+    is_probe: bool
+    draft: DraftBlock | None = None
+    flat: FlatDraft | None = None
+    may_follow: bool = False
+    promise: float | None = None
 
 
 class AutoLength:
     """A ``LengthPolicy`` that learns costs and acceptance while the job runs.
 
-    max_draft_tokens: γ. may_use_draft: the plan may depend on the drafted tokens (coupled verification); one-hot drafts
-    may always.
+    max_draft_tokens: γ. cost: None where nothing was measured: then everything is drafted and verified. draft_cost: of
+    the drafter, learned where it is not given. may_use_draft: the plan may depend on the drafted tokens (coupled
+    verification); one-hot drafts may always. causal_rule: how sampled drafts are cut where it may not: by Algorithm 1,
+    or by the budget that would have been best in the round before.
     """
 
-    def __init__(self, *, max_draft_tokens: int, cost: StepCost | None = None, may_use_draft: bool = True) -> None:
+    def __init__(
+        self,
+        *,
+        max_draft_tokens: int,
+        cost: StepCost | None,
+        draft_cost: DraftCost | None = None,
+        may_use_draft: bool = True,
+        causal_rule: CausalRule = "lagged",
+    ) -> None:
+        if cost is None:
+            logger.warning("schedule auto has no cost table for this target: every draft is made and verified in full")
         self._max_draft_tokens = max_draft_tokens
         self._may_use_draft = may_use_draft
-        self.cost = cost or StepCost()
-        self.draft_cost = DraftCost()
-        self._history = AcceptanceHistory(max_draft_tokens)
-        self._scale = ConfidenceScale()
+        self._causal_rule = causal_rule
+        self.cost = cost
+        self.draft_cost = draft_cost or DraftCost()
+        self._model = SurvivalModel(max_draft_tokens)
         self._gates: dict[int, Gate] = {}
-        self._has_confidence = False
+        self._budgets: dict[int, int] = {}
+        self._exploration = Exploration()
         self._round: _Round | None = None
-        self._handles: frozenset[int] = frozenset()
+        self._shadows = ShadowLabels(self._model)
+        self._sees_tokens = True
+        self._num_probes = 0
+        self._handles: Sequence[int] = ()
         self._num_finished = 0
+        self._rounds_drafted = 0
         self._rounds_drafted_in_a_row = 0
+        self._reason = PlanReason.OFF
+
+    @property
+    def reason(self) -> PlanReason:
+        return self._reason
 
     def draft_lengths(self, load: RoundLoad) -> Sequence[int]:
-        self._round = None
-        num_rows = len(load.handles)
-        nothing = [0] * num_rows
-        self._note_finished(load)
-        gate = self._gate(num_rows)
-        if not gate.is_open:
-            gate.skip()
-            return nothing
-        if self._is_time_for_a_plain_round(num_rows):
-            return nothing
         limits = np.minimum(np.array(load.limits, np.int64), self._max_draft_tokens)
-        explores = gate.is_first_after_pause
-        if explores:
-            lengths = self._a_few_rows(limits)
-        else:
-            lengths = limits if self._has_confidence else self._lengths_by_history(load, limits)
-        if not lengths.any():
-            gate.close()
-            return nothing
-        self._round = _Round(asked=lengths, explores=explores)
+        lengths = self._choose_lengths(load, limits)
+        self._round = _Round(lengths, self._reason is PlanReason.EXPLORE) if lengths.any() else None
         chosen: list[int] = lengths.tolist()
         return chosen
 
     def verify_plan(self, load: RoundLoad, draft: DraftBlock) -> VerifyPlan:
-        assert self._round is not None, "a plan without draft lengths"
-        offered = np.array([len(tokens) for tokens in draft.token_ids], np.int64)
-        may_cut = self._may_use_draft or is_one_hot(draft)
-        self._has_confidence = draft.confidence is not None and may_cut
-        if not self._has_confidence:
-            self._history.observe_offers(self._round.asked, offered)
-        if not may_cut or not offered.any():
-            return VerifyPlan(verify_len=offered.tolist())
-        row = np.repeat(np.arange(len(offered)), offered)
-        if draft.confidence is not None:
-            self._round.confidence = np.concatenate([np.asarray(c, float) for c in draft.confidence])
-            survival = _running_product(self._scale.chances(self._round.confidence), offered)
-        else:
-            by_position = self._history.survival(load.handles, self._max_draft_tokens)
-            survival = by_position[row, _positions(offered)]
-        if self._round.explores:
-            return VerifyPlan(verify_len=offered.tolist())
-        longest = int(self._round.asked.max())
-        admitted = self._admit(load, survival, draft_s=self.draft_cost.seconds(len(offered), longest))
-        lengths = np.bincount(row[admitted.mask], minlength=len(offered))
-        if self._round.confidence is not None:
-            self._round.confidence = self._round.confidence[_positions(offered) < lengths[row]]
+        current = self._round
+        assert current is not None, "a plan without draft lengths"
+        flat = FlatDraft.of(draft)
+        is_legal = self._may_use_draft or is_one_hot(draft)
+        current.draft, current.flat = draft, flat
+        current.may_follow = is_legal and self._sees_tokens
+        self._model.see(draft, flat, current.asked)
+        if self.cost is None:
+            return VerifyPlan(verify_len=flat.offered.tolist())
+        if not len(flat.row):
+            if not current.is_probe:
+                self._reason = PlanReason.NO_OFFER
+            current.promise = self._promise(load, current, np.zeros(0))
+            return VerifyPlan(verify_len=flat.offered.tolist())
+        if current.is_probe and not current.may_follow:
+            return VerifyPlan(verify_len=flat.offered.tolist())
+        survival = self._model.of_draft(load.handles, flat)
+        if current.is_probe:
+            if self._model.num_labels < _FEWEST_LABELS:
+                return VerifyPlan(verify_len=[0] * len(flat.offered))
+            current.promise = self._promise(load, current, survival)
+        lengths = self._verify_lengths(load, current, survival, is_legal=is_legal)
+        if not lengths.any() and not current.is_probe:
+            self._reason = PlanReason.NOT_WORTH_IT
         chosen: list[int] = lengths.tolist()
         return VerifyPlan(verify_len=chosen)
 
     def observe(self, load: RoundLoad, outcome: RoundOutcome) -> None:
+        current, self._round = self._round, None
+        if self.cost is None:
+            return
+        self._sees_tokens = outcome.emitted is not None
+        self._shadows.follow(load.handles, outcome.emitted)
+        num_rows = len(load.handles)
         if 2 * outcome.num_prefill_tokens <= outcome.num_step_tokens:
             # Prompt tokens need no logits: a step that is mostly prompt would look too cheap for its size.
-            self.cost.observe(outcome.num_step_tokens, outcome.step_s)
-        current, self._round = self._round, None
-        num_rows = len(load.handles)
-        if current is None:
+            self.cost.observe(
+                outcome.num_step_tokens, outcome.step_s, num_rows=num_rows, context_tokens=load.context_tokens
+            )
+        if current is None or current.flat is None:
             self._rounds_drafted_in_a_row = 0
             return
+        num_drafting = int(np.count_nonzero(current.asked))
+        self.draft_cost.observe(num_drafting, int(current.asked.max()), outcome.draft_s)
+        gate = self._gates[num_rows.bit_length()]
+        if current.is_probe:
+            plain_s = self._plain_s(load)
+            self._learn_from_probe(load, current, outcome)
+            gate.observe_probe(current.promise, num_rows=num_drafting, cost_share=outcome.draft_s / plain_s)
+            return
+        self._rounds_drafted += 1
         self._rounds_drafted_in_a_row += 1
-        verified = np.array(outcome.num_verified, np.int64)
-        accepted = np.array(outcome.num_accepted, np.int64)
-        self.draft_cost.observe(num_rows, int(current.asked.max()), outcome.draft_s)
-        if current.confidence is None:
-            self._history.observe(load.handles, verified, accepted)
-        elif len(current.confidence):
-            reached = np.minimum(accepted + 1, verified)
-            position, row = _positions(verified), np.repeat(np.arange(num_rows), verified)
-            seen = position < reached[row]
-            self._scale.observe(current.confidence[seen], (position < accepted[row])[seen])
-        self._gate(num_rows).observe(self._saved(current, outcome, num_rows), num_rows=num_rows)
+        assert current.draft is not None, "set by verify_plan"
+        labels = labels_of_round(current.draft, current.flat, outcome, may_follow=current.may_follow)
+        self._model.observe(load.handles, current.flat, *labels)
+        gate.observe(self._saved(load, current, outcome), num_rows=num_rows)
 
-    def _saved(self, current: _Round, outcome: RoundOutcome, num_rows: int) -> float:
-        """The share of a plain step that the round saved: its accepted tokens' worth, less the extra time."""
-        num_extra = sum(outcome.num_verified)
-        base = outcome.num_step_tokens - num_extra
-        plain_s, before_s, after_s = self.cost.seconds(np.array([num_rows, base, base + num_extra])).tolist()
-        draft_s = self.draft_cost.seconds(num_rows, int(current.asked.max()))
-        # The step's own time, so that a wrong curve cannot keep drafting up; within bounds, against hiccups.
-        took_s = min(max(outcome.step_s, 0.5 * after_s), 2.0 * after_s)
-        gained = sum(outcome.num_accepted) / num_rows
-        return float(gained - (took_s - before_s + draft_s) / plain_s)
-
-    def _a_few_rows(self, limits: Ints) -> Ints:
-        """Short drafts for an eighth of the rows, to learn whether anything has changed; all of it is verified."""
-        self._history.age()
-        self._scale.age()
-        chosen = np.argsort(-limits, kind="stable")[: max(1, len(limits) // 8)]
-        lengths = np.zeros_like(limits)
-        lengths[chosen] = np.minimum(limits[chosen], _EXPLORED_TOKENS)
+    def _choose_lengths(self, load: RoundLoad, limits: Ints) -> Ints:
+        """[R] lengths to ask for; sets the reason."""
+        nothing = np.zeros_like(limits)
+        if self.cost is None:
+            self._reason = PlanReason.NO_TABLE
+            return limits
+        self._note_finished(load)
+        if not limits.any():
+            self._reason = PlanReason.AT_LIMIT
+            return nothing
+        num_rows = len(limits)
+        gate = self._gate(load, limits)
+        if not gate.is_open:
+            is_due = gate.is_probe_due()
+            self._reason = PlanReason.EXPLORE if is_due else PlanReason.PAUSED
+            return self._probe_lengths(load, limits) if is_due else nothing
+        if self._is_time_for_a_plain_round(gate, num_rows):
+            self._reason = PlanReason.PLAIN_STEP
+            return nothing
+        lengths = self._lengths_to_ask(load, limits)
+        self._reason = PlanReason.DRAFTED
+        if not lengths.any():
+            self._reason = PlanReason.NOT_WORTH_IT
+            gate.close()
         return lengths
 
-    def _lengths_by_history(self, load: RoundLoad, limits: Ints) -> Ints:
-        """Lengths with the best expected rate; several longest lengths are tried where drafting costs by the token."""
-        survival = self._history.survival(load.handles, self._max_draft_tokens)
-        offered = self._history.offer_rates()
+    def _probe_lengths(self, load: RoundLoad, limits: Ints) -> Ints:
+        """Full drafts for all rows where that costs next to nothing, else for a few, which take turns."""
         num_rows = len(limits)
-        # Plain decoding has no draft to pay for.
-        best_rate, best = num_rows / float(self.cost.seconds(np.array([num_rows]))[0]), 0 * limits
-        longest = int(limits.max(initial=0))
-        while longest:
-            allowed = np.minimum(limits, longest)
-            row, position = np.repeat(np.arange(num_rows), allowed), _positions(allowed)
-            draft_s = self.draft_cost.seconds(num_rows, longest)
-            admitted = self._admit(load, survival[row, position], draft_s=draft_s, offered=offered[position])
-            lengths: Ints = np.bincount(row[admitted.mask], minlength=num_rows)
-            if admitted.tokens_per_s > best_rate:
-                best_rate, best = admitted.tokens_per_s, lengths
-            longest = min(longest // 2, int(lengths.max(initial=0)))
-        return best
+        able = np.flatnonzero(limits)
+        longest = int(limits.max())
+        plain_s = self._plain_s(load)
+        count = max(1, num_rows // _PROBED_SHARE)
+        if self.draft_cost.is_known and self.draft_cost.seconds(num_rows, longest) < CHEAP_DRAFT * plain_s:
+            count = num_rows
+        chosen = np.roll(able, -(self._num_probes * count) % len(able))[:count]
+        self._num_probes += 1
+        if self._gates[num_rows.bit_length()].is_stale:
+            self._model.age()
+        lengths = np.zeros_like(limits)
+        lengths[chosen] = limits[chosen]
+        if not (self._may_use_draft and self._sees_tokens):
+            # Without labels from emitted tokens, what is drafted is verified to learn from it.
+            lengths = np.minimum(lengths, _SHORT_DRAFT_TOKENS)
+        return lengths
 
-    def _admit(self, load: RoundLoad, survival: Floats, *, draft_s: float, offered: Floats | None = None) -> Admitted:
+    def _lengths_to_ask(self, load: RoundLoad, limits: Ints) -> Ints:
+        """[R] lengths of an open gate. Where the drafter says which of its tokens are good, drafts are asked for in
+        full, and trimmed afterwards."""
+        num_rows, longest = len(limits), int(limits.max(initial=0))
+        plain_s = self._plain_s(load)
+        row_s = row_seconds(self.draft_cost, num_rows=num_rows, longest=longest)
+        is_by_token = costs_by_token(self.draft_cost, num_rows=num_rows, longest=longest, plain_s=plain_s)
+        if self._model.has_signal and not is_by_token and num_rows * row_s < CHEAP_DRAFT * plain_s:
+            return limits
+        survival = self._model.history.survival(load.handles, self._max_draft_tokens)
+        if not self._model.has_signal or is_by_token:
+            lengths, _ = self._best_lengths(load, limits, survival)
+            return np.minimum(limits, lengths.max(initial=0)) if self._model.has_signal else lengths
+        worth = rows_worth_drafting(survival, plain_s=plain_s, row_s=row_s)
+        worth |= (np.array(load.handles) + self._rounds_drafted) % _ASK_AGAIN_EVERY == 0
+        return limits * worth
+
+    def _best_lengths(self, load: RoundLoad, limits: Ints, survival: Floats) -> tuple[Ints, float]:
+        return best_lengths(
+            limits,
+            survival,
+            offered=self._model.history.offer_rates(),
+            step_seconds=self._seconds(load),
+            plain_s=self._plain_s(load),
+            draft_cost=self.draft_cost,
+        )
+
+    def _verify_lengths(self, load: RoundLoad, current: _Round, survival: Floats, *, is_legal: bool) -> Ints:
+        assert current.flat is not None, "set by verify_plan"
+        flat, num_rows = current.flat, len(load.handles)
+        draft_s = self.draft_cost.seconds(int(np.count_nonzero(current.asked)), int(current.asked.max()))
+        admitted = self._admit(load, survival, draft_s, is_legal=is_legal or flat.signal is None)
+        lengths: Ints = np.bincount(flat.row[admitted.mask], minlength=num_rows)
+        if not current.may_follow:
+            explored = self._exploration.next_row(num_rows)
+            if explored is not None:
+                lengths[explored] = flat.offered[explored]
+        return lengths
+
+    def _admit(self, load: RoundLoad, survival: Floats, draft_s: float, *, is_legal: bool) -> Admitted:
         num_rows = len(load.handles)
+        step_seconds = self._seconds(load)
+        if is_legal:
+            return admit(survival, num_rows=num_rows, step_seconds=step_seconds, draft_s=draft_s)
+        if self._causal_rule == "early_stop":
+            return admit_early_stop(survival, num_rows=num_rows, step_seconds=step_seconds, draft_s=draft_s)
+        octave = num_rows.bit_length()
+        budget = self._budgets.get(octave)
+        self._budgets[octave] = round(
+            admit(survival, num_rows=num_rows, step_seconds=step_seconds, draft_s=draft_s).num_tokens
+        )
+        if budget is None:
+            return admit_early_stop(survival, num_rows=num_rows, step_seconds=step_seconds, draft_s=draft_s)
+        return admit_budget(survival, budget=budget, num_rows=num_rows, step_seconds=step_seconds, draft_s=draft_s)
+
+    def _promise(self, load: RoundLoad, current: _Round, survival: Floats) -> float | None:
+        """What drafting would save, in plain steps, if all rows drafted as those of the probe did."""
+        if not current.is_probe:
+            return None
+        num_rows = len(load.handles)
+        stands_for = num_rows / int(np.count_nonzero(current.asked))
+        draft_s = self.draft_cost.seconds(num_rows, int(current.asked.max()))
+        step_seconds = self._seconds(load)
+        admitted = admit(
+            survival,
+            num_rows=num_rows,
+            step_seconds=step_seconds,
+            draft_s=draft_s,
+            offered=np.full(len(survival), stands_for),
+        )
+        before_s, after_s = step_seconds(np.array([0.0, admitted.num_tokens])).tolist()
+        return float(admitted.num_accepted / num_rows - (after_s - before_s + draft_s) / before_s)
+
+    def _learn_from_probe(self, load: RoundLoad, current: _Round, outcome: RoundOutcome) -> None:
+        assert current.flat is not None, "set by verify_plan"
+        assert current.draft is not None, "set by verify_plan"
+        if current.may_follow and outcome.emitted is not None:
+            self._shadows.watch(load.handles, current.draft, current.flat, outcome.emitted)
+            return
+        labels = labels_of_round(current.draft, current.flat, outcome, may_follow=False)
+        self._model.observe(load.handles, current.flat, *labels)
+        if len(current.flat.row):
+            current.promise = self._promise(load, current, self._model.of_draft(load.handles, current.flat))
+
+    def _saved(self, load: RoundLoad, current: _Round, outcome: RoundOutcome) -> float:
+        """The share of a plain step that the round saved: its accepted tokens' worth, less the extra time."""
+        assert self.cost is not None, "nothing is judged without costs"
+        num_rows = len(load.handles)
+        num_extra = sum(outcome.num_verified)
+        base = outcome.num_step_tokens - num_extra
+        plain_s, before_s, after_s = self.cost.seconds(
+            [num_rows, base, base + num_extra], num_rows=num_rows, context_tokens=load.context_tokens
+        ).tolist()
+        # The step's own time, so that a wrong curve cannot keep drafting up; within bounds, against hiccups.
+        took_s = min(max(outcome.step_s, 0.5 * after_s), 2.0 * after_s) if num_extra else after_s
+        drafted_s = self.draft_cost.seconds(int(np.count_nonzero(current.asked)), int(current.asked.max()))
+        gained = sum(outcome.num_accepted) / num_rows
+        return float(gained - (took_s - before_s + drafted_s) / plain_s)
+
+    def _seconds(self, load: RoundLoad) -> StepSeconds:
+        """Seconds of the round's step by the number of drafted tokens in it."""
+        cost, num_rows = self.cost, len(load.handles)
+        assert cost is not None, "nothing is planned without costs"
         base = num_rows + load.num_prefill_tokens
-        plain_s, base_s = self.cost.seconds(np.array([num_rows, base])).tolist()
 
         def step_seconds(num_extra: Floats) -> Floats:
+            at = np.concatenate([[float(num_rows), float(base)], base + num_extra])
+            seconds = cost.seconds(at, num_rows=num_rows, context_tokens=load.context_tokens)
             # Prompt tokens of the same step are paid for anyway; they only move the place on the curve.
-            seconds: Floats = self.cost.seconds(base + num_extra) - base_s + plain_s
-            return seconds
+            moved: Floats = seconds[2:] - seconds[1] + seconds[0]
+            return moved
 
-        return admit(survival, num_rows=num_rows, step_seconds=step_seconds, draft_s=draft_s, offered=offered)
+        return step_seconds
 
-    def _gate(self, num_rows: int) -> Gate:
-        """One gate for each power of two of rows: what pays in the tail need not pay in a full batch."""
-        return self._gates.setdefault(num_rows.bit_length(), Gate())
+    def _plain_s(self, load: RoundLoad) -> float:
+        return float(self._seconds(load)(np.zeros(1))[0])
+
+    def _gate(self, load: RoundLoad, limits: Ints) -> Gate:
+        """One gate for each octave of rows: what pays in the tail need not pay in a full batch. It begins open where
+        that is promised by what is known of the job, or where a short draft for every row takes next to nothing."""
+        num_rows = len(limits)
+        octave = num_rows.bit_length()
+        if octave not in self._gates:
+            if self._model.num_labels >= _FEWEST_LABELS:
+                survival = self._model.history.survival(load.handles, self._max_draft_tokens)
+                is_open = self._best_lengths(load, limits, survival)[1] > 1.0 + _PROMISING
+            else:
+                short = np.array([0.0, float(_SHORT_DRAFT_TOKENS * num_rows)])
+                plain_s, drafted_s = self._seconds(load)(short).tolist()
+                drafted_s += self.draft_cost.seconds(num_rows, self._max_draft_tokens)
+                is_open = drafted_s < _CHEAP_ROUND * plain_s
+            self._gates[octave] = Gate(is_open=is_open)
+        return self._gates[octave]
 
     def _note_finished(self, load: RoundLoad) -> None:
         """Finished rows teach some drafters: whenever their number has doubled, drafting is tried again."""
-        handles = frozenset(load.handles)
-        gone = len(self._handles - handles)
+        if load.handles == self._handles:
+            return
+        gone = len(set(self._handles).difference(load.handles))
+        self._handles = load.handles
         if gone:
-            self._history.keep_only(handles)
+            self._model.history.keep_only(load.handles)
             if (self._num_finished + gone).bit_length() > self._num_finished.bit_length():
                 for gate in self._gates.values():
                     gate.hurry()
             self._num_finished += gone
-        self._handles = handles
 
-    def _is_time_for_a_plain_round(self, num_rows: int) -> bool:
-        in_doubt = self._gate(num_rows).saved < _CLEAR_SAVING and not self.cost.is_known(num_rows)
-        wait = _PLAIN_EVERY_IN_DOUBT if in_doubt else _PLAIN_EVERY
+    def _is_time_for_a_plain_round(self, gate: Gate, num_rows: int) -> bool:
+        """Only drafted rounds would leave the cost of plain decoding to the table."""
+        assert self.cost is not None, "nothing is planned without costs"
+        wait = _PLAIN_EVERY if gate.saved < _CLEAR_SAVING else _PLAIN_EVERY_IF_CLEAR
+        if not self.cost.is_trusted(num_rows, num_rows=num_rows):
+            wait = _PLAIN_EVERY_IN_DOUBT
         if self._rounds_drafted_in_a_row < wait:
             return False
-        since = self.cost.steps_since(num_rows)
+        since = self.cost.steps_since(num_rows, num_rows=num_rows)
         self._rounds_drafted_in_a_row = 0
         return since is None or since >= wait
-
-
-def _positions(lengths: Ints) -> Ints:
-    """Ragged lengths -> 0 .. n-1 for each, in one flat array."""
-    first = np.cumsum(lengths) - lengths
-    positions: Ints = np.arange(int(lengths.sum())) - np.repeat(first, lengths)
-    return positions
-
-
-def _running_product(chances: Floats, lengths: Ints) -> Floats:
-    """Products over each row's chances, flat; chances above 1 count as 1, so that they never rise within a row."""
-    logs = np.cumsum(np.log(np.clip(chances, 1e-9, 1.0)))
-    first = np.cumsum(lengths) - lengths
-    before = np.concatenate([[0.0], logs])[first]
-    out: Floats = np.exp(logs - np.repeat(before, lengths))
-    return out

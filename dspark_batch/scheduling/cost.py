@@ -1,15 +1,18 @@
-"""What a step costs, learned from the engine's own step times: seconds by flat tokens, and seconds of drafting."""
+"""What a step and a draft cost now: a measured table, bent and scaled by the engine's own times."""
 
 from __future__ import annotations
 
 import math
 from bisect import bisect_left
 from collections import deque
-from collections.abc import Mapping
-from itertools import pairwise
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import groupby, pairwise
 
 import numpy as np
 from numpy.typing import NDArray
+
+from dspark_batch.scheduling.cost_table import CostSurface, CostTable, DraftSample, monotone
 
 Floats = NDArray[np.float64]
 
@@ -21,113 +24,134 @@ KNOTS = (
     2048,
     4096,
 )
-"""Flat tokens at which the step cost is kept; linear in between."""
+"""Flat tokens at which the correction of the table is kept; linear in between."""
 
 _BOUNDS = tuple(math.sqrt(low * high) for low, high in pairwise(KNOTS))
 _WINDOW = 21
 _PRIOR_STEPS = 4
 _LEVEL_RATE = 0.3
-_STEPS_PER_TABLE = 4
+_STEPS_PER_FIT = 4
 _MAX_LOG_SURPRISE = 0.7
+_TRUSTED_LOG_SURPRISE = 0.25
+_MAX_LOG_BEND = 2.0
 _FORGET = 0.98
 _CALLS_PER_FIT = 8
 _MAX_DRAFT_SURPRISE = 3.0
+_DRAFT_LEVEL_RATE = 0.1
+
+
+@dataclass(slots=True)
+class _Bend:
+    """Observed over tabulated at the knots of one octave of rows; ``table`` is [knots] logs, made when asked for."""
+
+    ratios: dict[int, deque[float]] = field(default_factory=dict)
+    medians: dict[int, float] = field(default_factory=dict)
+    last_seen: dict[int, int] = field(default_factory=dict)
+    last_surprise: dict[int, float] = field(default_factory=dict)
+    table: Floats | None = None
+
+    def at(self, num_tokens: Floats) -> Floats:
+        """[N] logs; carried over from the nearest observed knots where a knot has none."""
+        if not self.medians:
+            return np.zeros(len(num_tokens))
+        if self.table is None:
+            seen = sorted(self.medians)
+            logs = np.log([self.medians[knot] for knot in seen])
+            self.table = np.clip(np.interp(np.arange(len(KNOTS)), seen, logs), -_MAX_LOG_BEND, _MAX_LOG_BEND)
+        out: Floats = np.interp(num_tokens, KNOTS, self.table)
+        return out
 
 
 class StepCost:
-    """Seconds of a step without its drafting, as a function of flat tokens: monotone, piecewise linear.
+    """Seconds of a step without its drafting, by flat tokens, rows and mean context; never falls with more tokens.
 
-    It is a shape times a level. The level follows every step at once, so that a machine that slows down, or contexts
-    that grow, do not bend the shape; the shape is the median of recent steps at each knot, relative to the level.
-    Between observed knots the seed's shape counts.
-
-    seed: measured seconds by flat tokens (``profiler.profile_steps``); None assumes that 16 tokens cost twice one until
-    steps have been seen.
+    It is the table's shape, bent, times a level. The level follows every step at once, so that a machine that slows
+    down does not bend the shape. The bend is the median of recent steps over the table at each number of flat tokens,
+    relative to the level, and apart for every octave of rows.
     """
 
-    def __init__(self, seed: Mapping[int, float] | None = None) -> None:
-        self._knots = np.array(KNOTS, float)
-        self._seed = _seed_shape(seed)
+    def __init__(self, table: CostTable) -> None:
+        self._surface = CostSurface(table.steps)
         self._log_level = 0.0
         self._num_observed = 0
-        self._ratios: dict[int, deque[float]] = {}
-        self._medians: dict[int, float] = {}
-        self._last_seen: dict[int, int] = {}
-        self._table: Floats | None = None
+        self._bends: dict[int, _Bend] = {}
 
-    def observe(self, num_tokens: int, seconds: float) -> None:
+    def observe(self, num_tokens: int, seconds: float, *, num_rows: int, context_tokens: float) -> None:
         """One step's flat tokens and its time. Ignores steps without a time (a clock too coarse)."""
         if seconds <= 0:
             return
-        expected = float(self._shape_at(np.array([num_tokens]))[0])
-        surprise = math.log(seconds / expected) - self._log_level
+        at = np.array([float(num_tokens)])
+        bend = self._bends.setdefault(num_rows.bit_length(), _Bend())
+        tabulated = float(self._surface.seconds(at, num_rows=num_rows, context_tokens=context_tokens)[0])
+        expected = float(bend.at(at)[0])
+        surprise = math.log(seconds / tabulated) - expected - self._log_level
         if self._num_observed == 0:
             self._log_level += surprise
             surprise = 0.0
         rate = max(_LEVEL_RATE, 1.0 / (self._num_observed + 1))
         self._log_level += rate * max(-_MAX_LOG_SURPRISE, min(_MAX_LOG_SURPRISE, surprise))
         self._num_observed += 1
-        knot = self._nearest(num_tokens)
-        correction = self._medians.get(knot)
-        if correction is None:
-            correction = math.exp(float(self._log_ratios(np.array([knot]))[0]))
+        knot = _nearest(num_tokens)
+        before = bend.medians.get(knot, math.exp(expected))
         # A new knot begins as its neighbours are, so that what a change of level does is not taken for its shape.
-        window = self._ratios.setdefault(knot, deque([correction] * _PRIOR_STEPS, maxlen=_WINDOW))
-        window.append(correction * math.exp(surprise))
-        self._medians[knot] = sorted(window)[len(window) // 2]
-        self._last_seen[knot] = self._num_observed
-        if self._num_observed % _STEPS_PER_TABLE == 0 or self._num_observed < 2 * _STEPS_PER_TABLE:
-            self._table = None
+        window = bend.ratios.setdefault(knot, deque([before] * _PRIOR_STEPS, maxlen=_WINDOW))
+        window.append(before * math.exp(surprise))
+        bend.medians[knot] = sorted(window)[len(window) // 2]
+        bend.last_seen[knot] = self._num_observed
+        bend.last_surprise[knot] = surprise
+        if self._num_observed % _STEPS_PER_FIT == 0 or self._num_observed < 2 * _STEPS_PER_FIT:
+            bend.table = None
 
-    def seconds(self, num_tokens: NDArray[np.int64] | NDArray[np.float64]) -> Floats:
-        """[N] flat tokens, not necessarily whole -> [N] seconds."""
-        return self._shape_at(num_tokens) * math.exp(self._log_level)
+    def seconds(self, num_tokens: Floats | Sequence[float], *, num_rows: int, context_tokens: float) -> Floats:
+        """[N] rising flat tokens, not necessarily whole, of ``num_rows`` rows -> [N] seconds."""
+        at = np.asarray(num_tokens, np.float64)
+        bend = self._bends.get(num_rows.bit_length())
+        out = self._surface.seconds(at, num_rows=num_rows, context_tokens=context_tokens)
+        if bend is not None:
+            out = np.maximum.accumulate(out * np.exp(bend.at(at)))
+        return out * math.exp(self._log_level)
 
-    def is_known(self, num_tokens: int) -> bool:
-        """Whether enough steps of about this size were seen to outweigh what was assumed."""
-        return len(self._ratios.get(self._nearest(num_tokens), ())) > 2 * _PRIOR_STEPS
+    def is_trusted(self, num_tokens: int, *, num_rows: int) -> bool:
+        """Whether a step of about this size was seen, and took about what was expected."""
+        bend = self._bends.get(num_rows.bit_length())
+        surprise = bend.last_surprise.get(_nearest(num_tokens)) if bend is not None else None
+        return surprise is not None and abs(surprise) < _TRUSTED_LOG_SURPRISE
 
-    def steps_since(self, num_tokens: int) -> int | None:
+    def steps_since(self, num_tokens: int, *, num_rows: int) -> int | None:
         """Steps seen since one of about this size, or None if there was none."""
-        seen = self._last_seen.get(self._nearest(num_tokens))
+        bend = self._bends.get(num_rows.bit_length())
+        seen = bend.last_seen.get(_nearest(num_tokens)) if bend is not None else None
         return None if seen is None else self._num_observed - seen
-
-    def _shape_at(self, num_tokens: NDArray[np.int64] | NDArray[np.float64]) -> Floats:
-        if self._table is None:
-            weights = np.full(len(KNOTS), 0.5)
-            for knot, window in self._ratios.items():
-                weights[knot] += len(window)
-            self._table = monotone(self._seed * np.exp(self._log_ratios(np.arange(len(KNOTS)))), weights)
-        out: Floats = np.interp(num_tokens, self._knots, self._table)
-        return out
-
-    def _log_ratios(self, knots: NDArray[np.int64]) -> Floats:
-        """Log of observed over seed, carried over from the nearest observed knots where a knot has none."""
-        if not self._medians:
-            return np.zeros(len(knots))
-        seen = sorted(self._medians)
-        out: Floats = np.interp(knots, seen, np.log([self._medians[knot] for knot in seen]))
-        return out
-
-    def _nearest(self, num_tokens: int) -> int:
-        return bisect_left(_BOUNDS, num_tokens)
 
 
 class DraftCost:
-    """Seconds of one drafting call: a linear function of rows and of the longest draft, with forgetting.
+    """Seconds of one drafting call, by rows and by the longest draft.
 
-    Fits a drafter whose cost grows with each token (a draft model) and one that drafts a whole block at once.
+    samples: measured before (``CostTable.drafts``); they are scaled by what calls take now. Without any, a linear
+    function is fitted to the calls: it fits a drafter whose cost grows with each token and one that drafts a block.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, samples: Sequence[DraftSample] = ()) -> None:
+        self._table = _DraftTable(samples) if samples else None
+        self._log_level = 0.0
         self._moments = np.zeros((3, 3))
         self._targets = np.zeros(3)
         self._weights: Floats = np.zeros(3)
         self._num_observed = 0
 
+    @property
+    def is_known(self) -> bool:
+        """Whether ``seconds`` rests on more than the first calls."""
+        return self._table is not None or self._num_observed > 2
+
     def observe(self, num_rows: int, longest: int, seconds: float) -> None:
-        """The first calls are left out: they pay for memory and caches."""
+        """Without samples the first calls are left out: they pay for memory and caches."""
         self._num_observed += 1
+        if self._table is not None:
+            if seconds > 0:
+                surprise = math.log(seconds / self._table.seconds(num_rows, longest)) - self._log_level
+                self._log_level += _DRAFT_LEVEL_RATE * max(-_MAX_LOG_SURPRISE, min(_MAX_LOG_SURPRISE, surprise))
+            return
         if self._num_observed <= 2:
             self._weights = np.array([seconds, 0.0, 0.0])
             return
@@ -142,34 +166,41 @@ class DraftCost:
             self._weights = np.linalg.solve(self._moments + ridge, self._targets).astype(np.float64)
 
     def seconds(self, num_rows: int, longest: int) -> float:
-        """0 before the first call was seen."""
+        """0 for nothing, and before the first call was seen."""
+        if not num_rows or not longest:
+            return 0.0
+        if self._table is not None:
+            return self._table.seconds(num_rows, longest) * math.exp(self._log_level)
         return max(0.0, float(self._weights @ (1.0, num_rows, longest)))
 
 
-def monotone(values: Floats, weights: Floats) -> Floats:
-    """The nondecreasing sequence nearest to ``values`` in weighted squares (pool adjacent violators)."""
-    blocks: list[tuple[float, float, int]] = []
-    for value, weight in zip(values.tolist(), weights.tolist(), strict=True):
-        block = (value, weight, 1)
-        while blocks and blocks[-1][0] >= block[0]:
-            before = blocks.pop()
-            total = before[1] + block[1]
-            block = ((before[0] * before[1] + block[0] * block[1]) / total, total, before[2] + block[2])
-        blocks.append(block)
-    return np.repeat([value for value, _, _ in blocks], [count for _, _, count in blocks])
+class _DraftTable:
+    """Seconds by rows at each measured draft length; linear in between, the last slope beyond."""
+
+    def __init__(self, samples: Sequence[DraftSample]) -> None:
+        self._lengths: list[int] = []
+        self._by_length: list[tuple[Floats, Floats]] = []
+        by_length = sorted(samples, key=lambda s: (s.num_tokens, s.num_rows))
+        for length, of_length in groupby(by_length, key=lambda s: s.num_tokens):
+            points = list(of_length)
+            seconds: Floats = np.array([p.seconds for p in points])
+            self._lengths.append(length)
+            rows: Floats = np.array([p.num_rows for p in points], np.float64)
+            self._by_length.append((rows, monotone(seconds, np.ones(len(points)))))
+
+    def seconds(self, num_rows: int, longest: int) -> float:
+        times = [_line(rows, seconds, num_rows) for rows, seconds in self._by_length]
+        return float(np.interp(longest, self._lengths, times))
 
 
-def _seed_shape(seed: Mapping[int, float] | None) -> Floats:
-    """Seconds at every knot; beyond the largest measured size the last slope goes on."""
-    knots: Floats = np.array(KNOTS, float)
-    if not seed:
-        return 1.0 + knots / 16.0
-    sizes: Floats = np.array(sorted(seed), float)
-    times: Floats = np.array([seed[int(size)] for size in sizes])
-    shape: Floats = np.interp(knots, sizes, monotone(times, np.ones_like(times)))
-    if len(sizes) > 1:
-        slope = max(0.0, times[-1] - times[-2]) / (sizes[-1] - sizes[-2])
-        shape += np.maximum(0.0, knots - sizes[-1]) * slope
-    else:
-        shape *= np.maximum(1.0, knots / sizes[-1])
-    return shape
+def _line(at: Floats, values: Floats, x: float) -> float:
+    inside = float(np.interp(x, at, values))
+    if x <= at[-1]:
+        return inside
+    if len(at) == 1:
+        return inside * x / float(at[-1])
+    return inside + float((x - at[-1]) * (values[-1] - values[-2]) / (at[-1] - at[-2]))
+
+
+def _nearest(num_tokens: int) -> int:
+    return bisect_left(_BOUNDS, num_tokens)

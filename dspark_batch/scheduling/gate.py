@@ -1,63 +1,107 @@
-"""Whether to draft at all: keeps what drafting has saved so far, and stops while it saves nothing."""
+"""Whether to draft at all: closed, it looks now and then at what drafting would save; open, at what it saves."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-_SHORTEST_PAUSE = 16
-_LONGEST_PAUSE = 256
+_SHORTEST_PAUSE = 4
+_LONGEST_PAUSE = 64
+_EXPLORATION_SHARE = 0.005
+"""Of the time of plain decoding, spent on drafts of a closed gate, once the first credit is spent."""
+
+_FIRST_CREDIT = 2.0
+"""Plain steps that the first probes may take before they have to keep to their share."""
+
+_FEWEST_PROBES = 2
+_MOST_PROBES = 16
+_PROBED_ROWS_TO_JUDGE = 16
+_PROBE_MEMORY = 4
+_PROMISING = 0.02
 _ROW_ROUNDS_TO_JUDGE = 48
 _FEWEST_ROUNDS = 6
-_WORTH_IT = 0.0
-_MEMORY = 6
+_ROUND_MEMORY = 6
 
 
 @dataclass(slots=True)
 class Gate:
-    """Open: drafting is tried, and judged once enough rows have been through. Closed: it pauses, longer each time.
+    """One for each octave of rows. Savings are shares of a plain step, all costs counted.
 
-    saved: running mean of the share of a plain step that a drafted round saved, all costs counted.
+    Closed, every pause ends with a probe: a draft of which only what surely pays is verified. Pauses double while
+    probes of enough rows promise nothing, and are never so short that probes take more than a small share of the time,
+    but for a credit at first.
+    Promising probes open the gate; each time that it had to be closed again more of them are asked for.
+
+    saved: running mean over the drafted rounds since it was opened. promise: over the latest probes.
     """
 
+    is_open: bool = False
     saved: float = 0.0
     num_rounds: int = 0
-    was_closed: bool = False
+    promise: float = 0.0
+    num_probes: int = 0
+    num_probed_rows: int = 0
+    probes_needed: int = _FEWEST_PROBES
     pause: int = _SHORTEST_PAUSE
     num_left: int = 0
+    credit: float = _FIRST_CREDIT
 
     @property
-    def is_first_after_pause(self) -> bool:
-        return self.is_open and self.was_closed and self.num_rounds == 0
+    def is_stale(self) -> bool:
+        """Whether pauses are so long that what earlier probes found may be out of date."""
+        return self.pause >= _LONGEST_PAUSE
 
-    @property
-    def is_open(self) -> bool:
-        return self.num_left == 0
+    def is_probe_due(self) -> bool:
+        """Call once for every round of a closed gate."""
+        assert not self.is_open, "an open gate needs no probes"
+        if self.num_left > 0:
+            self.num_left -= 1
+            return False
+        return True
 
-    def skip(self) -> None:
-        """A round went by without drafting."""
-        assert self.num_left > 0, "only a closed gate waits"
-        self.num_left -= 1
+    def observe_probe(self, promise: float | None, *, num_rows: int, cost_share: float) -> None:
+        """promise: what drafting for all rows would save, None where too little is known yet. num_rows: that were
+        probed. cost_share: what the probe took, in plain steps."""
+        if promise is not None:
+            self.num_probes += 1
+            self.num_probed_rows += num_rows
+            memory = max(_PROBE_MEMORY, _PROBED_ROWS_TO_JUDGE // num_rows)
+            self.promise += (promise - self.promise) / min(self.num_probes, memory)
+            is_promising = self.promise > _PROMISING
+            if is_promising and self.num_probes >= self.probes_needed:
+                self.is_open = True
+                self.saved, self.num_rounds = 0.0, 0
+                return
+            if is_promising:
+                self.pause = _SHORTEST_PAUSE
+            elif self.num_probed_rows >= _PROBED_ROWS_TO_JUDGE:
+                self.pause = min(2 * self.pause, _LONGEST_PAUSE)
+        self.credit -= cost_share
+        affordable = 0 if self.credit > 0 else int(cost_share / _EXPLORATION_SHARE)
+        wait = 1 if promise is None else self.pause
+        self.num_left = min(max(wait, affordable), 4 * _LONGEST_PAUSE)
 
     def observe(self, saved: float, *, num_rows: int) -> None:
-        """A drafted round saved this share of a plain step (negative: it cost more)."""
+        """A drafted round of an open gate saved this share of a plain step (negative: it cost more)."""
         self.num_rounds += 1
         enough = max(_FEWEST_ROUNDS, _ROW_ROUNDS_TO_JUDGE // num_rows)
-        self.saved += (saved - self.saved) / min(self.num_rounds, _MEMORY * enough)
+        self.saved += (saved - self.saved) / min(self.num_rounds, _ROUND_MEMORY * enough)
         if self.num_rounds < enough:
             return
-        if self.saved > _WORTH_IT:
-            self.pause = _SHORTEST_PAUSE
-        else:
+        if self.saved <= 0:
             self.close()
+        elif self.saved > _PROMISING and self.num_rounds >= _ROUND_MEMORY * enough:
+            self.probes_needed = _FEWEST_PROBES
 
     def close(self) -> None:
-        """Stop drafting for the length of the pause, and make the next pause longer."""
-        self.was_closed = True
-        self.num_left = self.pause
+        """Stop drafting; it takes more promising probes than before to begin again."""
+        self.is_open = False
+        self.promise, self.num_probes, self.num_probed_rows = 0.0, 0, 0
+        self.probes_needed = min(2 * self.probes_needed, _MOST_PROBES)
         self.pause = min(2 * self.pause, _LONGEST_PAUSE)
-        self.saved, self.num_rounds = 0.0, 0
+        self.num_left = self.pause
 
     def hurry(self) -> None:
-        """Something may have changed: try again soon."""
+        """Something may have changed: probe soon."""
         self.pause = _SHORTEST_PAUSE
+        self.num_probed_rows = 0
         self.num_left = min(self.num_left, 1)

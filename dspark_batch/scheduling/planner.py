@@ -1,4 +1,10 @@
-"""Which drafted tokens to verify: the globally most likely ones, while emitted tokens per second rise."""
+"""Which drafted tokens to verify: the likeliest ones, while emitted tokens per second rise.
+
+All rules rank tokens by survival, so what they admit is a prefix of every row's draft. They differ in where they stop,
+and with that in what the choice may have seen. Under rejection a sampled token must be kept or cut without a look at
+itself or at what comes after it (arXiv 2607.05147, appendix A); its survival is a function of the tokens before it, so
+ranking is legal. A stop that looks at the whole draft is not: it is for coupled verification and one-hot drafts.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +16,8 @@ from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
+StepSeconds = Callable[[Floats], Floats]
+"""[N] rising numbers of extra tokens -> [N] seconds of the step."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,26 +35,68 @@ def admit(
     survival: Floats,
     *,
     num_rows: int,
-    step_seconds: Callable[[Floats], Floats],
+    step_seconds: StepSeconds,
     draft_s: float,
     offered: Floats | None = None,
 ) -> Admitted:
     """The set of tokens with the best rate (num_rows + their survivals) / (draft_s + step_seconds(number of them)).
 
     survival: [N], within a row nonincreasing and in draft order; of equal survivals the earlier is taken first, so that
-    the set is a prefix of every row's draft. step_seconds: extra tokens -> seconds of the step. offered: [N] chance
-    that the token will exist at all, where the draft is yet to be made. Every subset size is tried (the cost may have
-    steps), so the choice may depend on all tokens: fit for coupled verification and for one-hot drafts, and not for
-    sampled drafts under rejection (arXiv 2607.05147, appendix A).
+    the set is a prefix of every row's draft. offered: [N] how much each token counts: the chance that it will exist at
+    all, where the draft is yet to be made, or how many rows it stands for. Every subset size is tried (the cost may
+    have steps), so the choice depends on all tokens: not for sampled drafts under rejection.
     """
-    if offered is None:
-        offered = np.ones_like(survival)
+    ranked = _rank(survival, offered)
+    rates = ranked.rates(num_rows=num_rows, step_seconds=step_seconds, draft_s=draft_s)
+    return ranked.take(int(rates.argmax()), rates)
+
+
+def admit_early_stop(survival: Floats, *, num_rows: int, step_seconds: StepSeconds, draft_s: float) -> Admitted:
+    """Algorithm 1 of arXiv 2607.05147: tokens enter by falling survival until one would lower the rate.
+
+    Arguments as for :func:`admit`. Whether a token enters depends on those that rank before it, and those after it in
+    its own row never do: legal in every mode. On a cost with stairs it may stop in front of a step that would pay.
+    """
+    ranked = _rank(survival, None)
+    rates = ranked.rates(num_rows=num_rows, step_seconds=step_seconds, draft_s=draft_s)
+    falls = np.flatnonzero(rates[1:] < rates[:-1])
+    return ranked.take(int(falls[0]) if len(falls) else len(survival), rates)
+
+
+def admit_budget(
+    survival: Floats, *, budget: int, num_rows: int, step_seconds: StepSeconds, draft_s: float
+) -> Admitted:
+    """The lagged variant: the ``budget`` likeliest tokens. Legal in every mode if the budget was set before the round.
+
+    Arguments as for :func:`admit`. Ties go to the earlier place in the batch, never by a token's value.
+    """
+    ranked = _rank(survival, None)
+    rates = ranked.rates(num_rows=num_rows, step_seconds=step_seconds, draft_s=draft_s)
+    return ranked.take(min(budget, len(survival)), rates)
+
+
+@dataclass(frozen=True, slots=True)
+class _Ranked:
+    best_first: Ints
+    num_tokens: Floats
+    num_accepted: Floats
+
+    def rates(self, *, num_rows: int, step_seconds: StepSeconds, draft_s: float) -> Floats:
+        return (num_rows + self.num_accepted) / (draft_s + step_seconds(self.num_tokens))
+
+    def take(self, count: int, rates: Floats) -> Admitted:
+        mask = np.zeros(len(self.best_first), bool)
+        mask[self.best_first[:count]] = True
+        return Admitted(mask, float(self.num_tokens[count]), float(self.num_accepted[count]), float(rates[count]))
+
+
+def _rank(survival: Floats, offered: Floats | None) -> _Ranked:
     best_first = np.argsort(-survival, kind="stable")
-    weights = offered[best_first]
-    num_tokens = np.concatenate([[0.0], np.cumsum(weights)])
-    num_accepted = np.concatenate([[0.0], np.cumsum(weights * survival[best_first])])
-    rates = (num_rows + num_accepted) / (draft_s + step_seconds(num_tokens))
-    best = int(rates.argmax())
-    mask = np.zeros(len(survival), bool)
-    mask[best_first[:best]] = True
-    return Admitted(mask, float(num_tokens[best]), float(num_accepted[best]), float(rates[best]))
+    ranked = survival[best_first]
+    num_tokens: Floats = np.arange(len(survival) + 1, dtype=np.float64)
+    if offered is not None:
+        weights = offered[best_first]
+        ranked = weights * ranked
+        num_tokens[1:] = np.cumsum(weights)
+    num_accepted = np.concatenate([[0.0], np.cumsum(ranked)])
+    return _Ranked(best_first, num_tokens, num_accepted)

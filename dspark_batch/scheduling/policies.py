@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from dspark_batch.metrics import PlanReason
 from dspark_batch.tensors import DraftBlock, VerifyPlan
 
 
@@ -14,13 +15,15 @@ class RoundLoad:
     """What is known before a round. limits[r]: tokens that row r could still use beyond the next one; never exceeded.
 
     handles[r]: the row's ``DraftRow.handle``. num_prefill_tokens: prompt tokens that admitted rows still have to
-    compute. num_queued: samples that wait for a place.
+    compute, as far as a step has room for them. num_queued: samples that wait for a place. context_tokens: mean KV
+    length of the rows.
     """
 
     handles: Sequence[int]
     limits: Sequence[int]
     num_prefill_tokens: int
     num_queued: int
+    context_tokens: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +31,8 @@ class RoundOutcome:
     """What a round did. num_verified[r], num_accepted[r]: drafted tokens of row r in the forward, and those that held.
 
     num_step_tokens: flat tokens of the forward, prompt tokens (``num_prefill_tokens`` of them) included. draft_s: time
-    in the drafter. step_s: the rest of the step.
+    in the drafter. step_s: the rest of the step. emitted[r]: what the row emitted; None where nobody knows (a
+    simulation).
     """
 
     num_verified: Sequence[int]
@@ -37,10 +41,16 @@ class RoundOutcome:
     num_prefill_tokens: int
     draft_s: float
     step_s: float
+    emitted: Sequence[Sequence[int]] | None = None
 
 
 class LengthPolicy(Protocol):
     """Chooses how many tokens to draft for each row, then how many of them to verify."""
+
+    @property
+    def reason(self) -> PlanReason:
+        """Why the latest round drafted and verifies what it does."""
+        ...
 
     def draft_lengths(self, load: RoundLoad) -> Sequence[int]:
         """Per row at most ``load.limits[r]``; 0 drafts nothing."""
@@ -61,6 +71,10 @@ class FixedLength:
 
     num_tokens: int
 
+    @property
+    def reason(self) -> PlanReason:
+        return PlanReason.FIXED if self.num_tokens else PlanReason.OFF
+
     def draft_lengths(self, load: RoundLoad) -> Sequence[int]:
         return [min(limit, self.num_tokens) for limit in load.limits]
 
@@ -75,20 +89,23 @@ class FixedLength:
 class ThresholdLength:
     """Drafts ``num_tokens``, and verifies while the draft's survival (product of confidences) is at least ``survival``.
 
-    A baseline without a cost model. Where the drafter says nothing about its confidence, everything is verified; so it
-    is where the draft was sampled from probabilities and ``may_use_draft`` is false, because then the length of a
-    draft must not depend on its tokens.
+    A baseline without a cost model. Where the drafter says nothing about its confidence, everything is verified. The
+    first token below the threshold is cut with all after it: a rule that sees earlier tokens only (``DraftBlock``), so
+    it is legal in every verification mode.
     """
 
     num_tokens: int
     survival: float = 0.5
-    may_use_draft: bool = True
+
+    @property
+    def reason(self) -> PlanReason:
+        return PlanReason.THRESHOLD
 
     def draft_lengths(self, load: RoundLoad) -> Sequence[int]:
         return [min(limit, self.num_tokens) for limit in load.limits]
 
     def verify_plan(self, load: RoundLoad, draft: DraftBlock) -> VerifyPlan:
-        if draft.confidence is None or not (self.may_use_draft or is_one_hot(draft)):
+        if draft.confidence is None:
             return VerifyPlan(verify_len=[len(tokens) for tokens in draft.token_ids])
         return VerifyPlan(verify_len=[self._prefix(confidence) for confidence in draft.confidence])
 

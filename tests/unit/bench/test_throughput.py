@@ -18,7 +18,6 @@ from dspark_batch.cli import run_cli
 from dspark_batch.core import Message, SamplingParams
 from dspark_batch.engine.config import EngineConfig
 from dspark_batch.errors import ConfigError, InputError
-from dspark_batch.models.loader import LoadedTarget
 from dspark_batch.testing.scripted_target import LetterCodec, ScriptedModel, ScriptedTarget
 
 REVIEWS = Path(__file__).parents[3] / "configs" / "data" / "product_reviews.parquet"
@@ -168,17 +167,3 @@ def test_the_labelling_report_takes_ratios_per_repeat() -> None:
     plain = [measured(tokens=100, wall_s=1.0), measured(tokens=100, wall_s=4.0)]
     drafted = [measured(tokens=100, wall_s=0.5), measured(tokens=100, wall_s=2.0)]
     assert "2.00x plain" in report({"none": plain, "suffix": drafted})[1]
-
-
-@pytest.mark.model
-def test_the_profile_of_a_real_model_costs_more_for_more_tokens_and_leaves_its_memory() -> None:
-    import numpy as np
-
-    from dspark_batch.engine.step_profile import measured_step_cost
-    from dspark_batch.models.loader import load_target
-
-    loaded: LoadedTarget = load_target(EngineConfig(dtype="float32", device="cpu", kv_cache_gib=0.05))
-    free = loaded.target.kv.num_free_tokens
-    seconds = measured_step_cost(loaded.target, max_step_tokens=32).seconds(np.array([1, 32, 512]))
-    assert loaded.target.kv.num_free_tokens == free
-    assert 0 < seconds[0] <= seconds[1] < seconds[2]

@@ -1,5 +1,6 @@
 import torch
 
+from dspark_batch.metrics import PlanReason
 from dspark_batch.scheduling.policies import FixedLength, RoundLoad, ThresholdLength
 from dspark_batch.tensors import DraftBlock
 
@@ -22,9 +23,17 @@ def test_the_threshold_cuts_where_the_running_product_falls_below_it() -> None:
     assert ThresholdLength(5).draft_lengths(LOAD) == [0, 3, 5]
 
 
-def test_the_threshold_verifies_everything_where_it_knows_or_may_know_nothing() -> None:
+def test_the_threshold_verifies_everything_where_the_drafter_says_nothing() -> None:
     silent = DraftBlock(token_ids=[(), (1, 2, 3), (4, 5)])
     assert ThresholdLength(5).verify_plan(LOAD, silent).verify_len == [0, 3, 2]
+
+
+def test_the_threshold_cuts_sampled_drafts_too_because_it_sees_earlier_tokens_only() -> None:
     sampled = DraftBlock(token_ids=[(), (1,), ()], probs=[None, torch.ones(1, 4), None], confidence=[(), (0.1,), ()])
-    assert ThresholdLength(5, may_use_draft=False).verify_plan(LOAD, sampled).verify_len == [0, 1, 0]
-    assert ThresholdLength(5, may_use_draft=True).verify_plan(LOAD, sampled).verify_len == [0, 0, 0]
+    assert ThresholdLength(5).verify_plan(LOAD, sampled).verify_len == [0, 0, 0]
+
+
+def test_policies_say_why() -> None:
+    assert FixedLength(0).reason is PlanReason.OFF
+    assert FixedLength(2).reason is PlanReason.FIXED
+    assert ThresholdLength(2).reason is PlanReason.THRESHOLD

@@ -1,4 +1,4 @@
-"""Learned costs: the shape and the level are found, outliers and drifting machines do not bend them."""
+"""Costs refined by the engine's own times: shape and level are found, outliers and drifting machines bend nothing."""
 
 from __future__ import annotations
 
@@ -7,89 +7,101 @@ import random
 import numpy as np
 import pytest
 
-from dspark_batch.scheduling.cost import KNOTS, DraftCost, StepCost, monotone
-from dspark_batch.scheduling.profiler import profile_steps
+from dspark_batch.scheduling.cost import DraftCost, StepCost
+from dspark_batch.scheduling.cost_table import CostTable, DraftSample
 
 
 def true_cost(num_tokens: float) -> float:
     return 0.01 + 0.0005 * num_tokens
 
 
-def ratio(cost: StepCost, small: int, large: int) -> float:
-    low, high = cost.seconds(np.array([small, large])).tolist()
+def measured(scale: float = 1.0) -> StepCost:
+    return StepCost(CostTable.from_function(lambda t, r, c: scale * true_cost(t), rows=(1, 4, 16, 64)))
+
+
+def wrong() -> StepCost:
+    """Knows nothing of the price of a token."""
+    return StepCost(CostTable.from_function(lambda t, r, c: 0.02, rows=(1, 4, 16, 64)))
+
+
+def ratio(cost: StepCost, small: int, large: int, *, num_rows: int = 8) -> float:
+    low, high = cost.seconds([small, large], num_rows=num_rows, context_tokens=0).tolist()
     return high / low
 
 
-def test_the_shape_is_learned_without_a_seed() -> None:
-    cost, rng = StepCost(), random.Random(1)
+def at(cost: StepCost, num_tokens: int, *, num_rows: int = 8) -> float:
+    return float(cost.seconds([num_tokens], num_rows=num_rows, context_tokens=0)[0])
+
+
+def see(cost: StepCost, num_tokens: int, seconds: float, *, num_rows: int = 8) -> None:
+    cost.observe(num_tokens, seconds, num_rows=num_rows, context_tokens=0)
+
+
+def test_a_wrong_shape_is_mended_by_the_steps_that_are_run() -> None:
+    cost, rng = wrong(), random.Random(1)
     for _ in range(300):
         count = rng.choice([8, 16, 32, 64])
-        cost.observe(count, true_cost(count) * rng.uniform(0.95, 1.05))
+        see(cost, count, true_cost(count) * rng.uniform(0.95, 1.05))
     assert ratio(cost, 8, 64) == pytest.approx(true_cost(64) / true_cost(8), rel=0.08)
-    assert cost.seconds(np.array([32]))[0] == pytest.approx(true_cost(32), rel=0.1)
+    assert at(cost, 32) == pytest.approx(true_cost(32), rel=0.1)
+
+
+def test_what_is_learned_at_many_rows_does_not_bend_the_cost_at_few() -> None:
+    cost = measured()
+    for _ in range(60):
+        for count in (64, 128):
+            see(cost, count, 5.0 * true_cost(count) if count > 64 else true_cost(count), num_rows=64)
+    assert ratio(cost, 2, 16, num_rows=2) == pytest.approx(true_cost(16) / true_cost(2), rel=0.01)
+    assert ratio(cost, 64, 128, num_rows=64) > 2.0 * true_cost(128) / true_cost(64)
 
 
 def test_outliers_do_not_move_it() -> None:
-    cost, rng = StepCost({n: true_cost(n) for n in (1, 8, 64)}), random.Random(2)
+    cost, rng = measured(), random.Random(2)
     for step in range(400):
         count = rng.choice([8, 64])
-        cost.observe(count, true_cost(count) * (20.0 if step % 23 == 7 else 1.0))
+        see(cost, count, true_cost(count) * (20.0 if step % 23 == 7 else 1.0))
     assert ratio(cost, 8, 64) == pytest.approx(true_cost(64) / true_cost(8), rel=0.1)
 
 
 def test_a_machine_that_slows_down_keeps_the_shape() -> None:
     """One size is seen before the change and the other after it."""
-    cost = StepCost({n: true_cost(n) for n in (1, 8, 64)})
+    cost = measured()
     for _ in range(50):
-        cost.observe(8, true_cost(8))
+        see(cost, 8, true_cost(8))
     for _ in range(100):
-        cost.observe(64, 3.0 * true_cost(64))
-    assert cost.seconds(np.array([64]))[0] == pytest.approx(3.0 * true_cost(64), rel=0.1)
+        see(cost, 64, 3.0 * true_cost(64))
+    assert at(cost, 64) == pytest.approx(3.0 * true_cost(64), rel=0.1)
     assert ratio(cost, 8, 64) < 2.0 * true_cost(64) / true_cost(8)
 
 
 def test_it_never_falls_with_more_tokens() -> None:
-    cost, rng = StepCost(), random.Random(3)
+    cost, rng = measured(), random.Random(3)
     for _ in range(200):
-        cost.observe(rng.randint(1, 700), rng.uniform(0.01, 0.1))
-    seconds = cost.seconds(np.arange(1, 5000))
+        see(cost, rng.randint(8, 700), rng.uniform(0.01, 0.1))
+    seconds = cost.seconds(np.arange(8.0, 5000.0), num_rows=8, context_tokens=0)
     assert (np.diff(seconds) >= 0).all()
     assert (seconds > 0).all()
 
 
 def test_a_step_without_a_time_is_ignored() -> None:
-    cost = StepCost()
-    cost.observe(4, 0.0)
-    assert cost.steps_since(4) is None
-    cost.observe(4, 0.1)
-    cost.observe(64, 0.2)
-    assert cost.steps_since(4) == 1
-
-
-def test_sizes_beyond_the_seed_go_on_with_its_last_slope() -> None:
-    cost = StepCost({8: 1.0, 16: 2.0})
-    assert cost.seconds(np.array([64]))[0] == pytest.approx(8.0)
-
-
-@pytest.mark.parametrize("seed", [None, {1: 0.5}, {1: 2.0, 4: 1.0, 16: 3.0}])
-def test_any_seed_gives_a_rising_cost(seed: dict[int, float] | None) -> None:
-    seconds = StepCost(seed).seconds(np.array(KNOTS))
-    assert (np.diff(seconds) >= 0).all()
-
-
-def test_monotone_pools_by_weight_and_keeps_what_rises() -> None:
-    ones = np.ones(4)
-    assert monotone(np.array([1.0, 2.0, 3.0, 4.0]), ones).tolist() == [1.0, 2.0, 3.0, 4.0]
-    assert monotone(np.array([1.0, 3.0, 1.0, 4.0]), np.array([1.0, 3.0, 1.0, 1.0])).tolist() == [1.0, 2.5, 2.5, 4.0]
+    cost = measured()
+    see(cost, 8, 0.0)
+    assert cost.steps_since(8, num_rows=8) is None
+    see(cost, 8, 0.1)
+    see(cost, 64, 0.2)
+    assert cost.steps_since(8, num_rows=8) == 1
 
 
 def test_drafting_costs_are_split_into_call_rows_and_tokens() -> None:
     cost, rng = DraftCost(), random.Random(4)
+    assert not cost.is_known
     for _ in range(300):
         rows, longest = rng.randint(1, 32), rng.randint(1, 8)
         cost.observe(rows, longest, 0.001 + 0.0001 * rows + 0.002 * longest)
+    assert cost.is_known
     assert cost.seconds(16, 4) == pytest.approx(0.0106, rel=0.1)
     assert cost.seconds(16, 8) == pytest.approx(0.0186, rel=0.1)
+    assert cost.seconds(0, 8) == cost.seconds(16, 0) == 0.0
 
 
 def test_a_drafting_cost_of_one_kind_only_is_still_predicted() -> None:
@@ -100,13 +112,12 @@ def test_a_drafting_cost_of_one_kind_only_is_still_predicted() -> None:
     assert cost.seconds(8, 16) == pytest.approx(0.002, rel=0.05)
 
 
-def test_the_profile_keeps_the_least_time_of_each_size_that_fits() -> None:
-    calls: list[int] = []
-
-    def run(count: int) -> float | None:
-        calls.append(count)
-        return None if count > 4 else count + len(calls) / 100
-
-    found = profile_steps(run, token_counts=(1, 4, 16), num_passes=2)
-    assert calls == [1, 1, 4, 16, 1, 4, 16]
-    assert found == {1: 1.02, 4: 4.03}
+def test_measured_drafts_are_interpolated_and_follow_the_machine() -> None:
+    samples = [DraftSample(r, k, 0.001 + 0.0001 * r * k) for r in (1, 4, 16) for k in (1, 7)]
+    cost = DraftCost(samples)
+    assert cost.is_known
+    assert cost.seconds(10, 4) == pytest.approx(0.005, rel=0.01)
+    assert cost.seconds(64, 7) == pytest.approx(0.001 + 0.0001 * 448, rel=0.01)
+    for _ in range(100):
+        cost.observe(4, 7, 2.0 * (0.001 + 0.0001 * 28))
+    assert cost.seconds(16, 7) == pytest.approx(2.0 * (0.001 + 0.0001 * 112), rel=0.05)

@@ -1,0 +1,100 @@
+"""The chance that drafted tokens stand: before the draft by acceptance history, after it by what the drafter says."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dspark_batch.scheduling.estimator import AcceptanceHistory, seen_slots
+from dspark_batch.scheduling.logistic import CONFIDENCE, MARGIN, PositionLogistic
+from dspark_batch.tensors import DraftBlock
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class FlatDraft:
+    """The drafted tokens of a round in one row after another, N in all.
+
+    offered: [R] tokens of each row. row, position: [N]. signal: [N] what the drafter says of each token, or None.
+    """
+
+    offered: Ints
+    row: Ints
+    position: Ints
+    signal: Floats | None
+
+    @classmethod
+    def of(cls, draft: DraftBlock) -> FlatDraft:
+        offered = np.fromiter(map(len, draft.token_ids), np.int64, len(draft.token_ids))
+        said = draft.confidence if draft.confidence is not None else draft.margin
+        signal = None
+        if said is not None:
+            signal = np.fromiter(chain.from_iterable(said), np.float64, int(offered.sum()))
+        return cls(offered, np.repeat(np.arange(len(offered)), offered), positions(offered), signal)
+
+
+class SurvivalModel:
+    """Predicts and learns, for drafters with a confidence, with a margin, or with neither. num_positions: γ."""
+
+    def __init__(self, num_positions: int) -> None:
+        self._num_positions = num_positions
+        self.history = AcceptanceHistory(num_positions)
+        self._curves: PositionLogistic | None = None
+        self.num_labels = 0
+
+    @property
+    def has_signal(self) -> bool:
+        """Whether the drafter says something about its tokens; False before its first draft."""
+        return self._curves is not None
+
+    def see(self, draft: DraftBlock, flat: FlatDraft, asked: Ints) -> None:
+        """Call once for every draft. asked: [R] tokens that were asked for."""
+        if flat.signal is not None and self._curves is None:
+            self._curves = PositionLogistic(self._num_positions, CONFIDENCE if draft.confidence else MARGIN)
+        if asked.any():
+            self.history.observe_offers(asked, flat.offered)
+
+    def of_draft(self, handles: Sequence[int], flat: FlatDraft) -> Floats:
+        """[N] chance that each drafted token stands with all before it in its row; never rises within a row."""
+        if flat.signal is None or self._curves is None:
+            by_position = self.history.survival(handles, self._num_positions)
+            return by_position[flat.row, flat.position]
+        chances = self._curves.chances(flat.signal, flat.position)
+        return running_product(chances, flat.offered)
+
+    def age(self) -> None:
+        """Trust what was counted half as much: things may have changed."""
+        self.history.age()
+        if self._curves is not None:
+            self._curves.age()
+
+    def observe(self, handles: Sequence[int], flat: FlatDraft, num_tried: Ints, num_held: Ints) -> None:
+        """[R] positions of each row whose outcome is known, and how many of them held."""
+        self.num_labels += int(num_tried.sum())
+        self.history.observe(handles, num_tried, num_held)
+        if flat.signal is not None and self._curves is not None:
+            row, position, held = seen_slots(num_tried, num_held)
+            first = np.cumsum(flat.offered) - flat.offered
+            self._curves.observe(flat.signal[first[row] + position], position, held)
+
+
+def positions(lengths: Ints) -> Ints:
+    """Ragged lengths -> 0 .. n-1 for each, in one flat array."""
+    first = np.cumsum(lengths) - lengths
+    out: Ints = np.arange(int(lengths.sum())) - np.repeat(first, lengths)
+    return out
+
+
+def running_product(chances: Floats, lengths: Ints) -> Floats:
+    """Products over each row's chances, flat; chances above 1 count as 1, so that they never rise within a row."""
+    place = np.arange(int(lengths.max(initial=0))) < lengths[:, None]
+    dense = np.ones(place.shape)
+    dense[place] = np.clip(chances, 0.0, 1.0)
+    out: Floats = np.cumprod(dense, axis=1, dtype=np.float64)[place]
+    return out
