@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 Auto = Literal["auto"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 Device = Literal["auto", "cpu", "cuda"]
-DrafterName = Literal["auto", "dspark", "draft_model", "suffix", "ngram", "none"]
+DrafterName = Literal["auto", "dspark", "draft_model", "hybrid", "suffix", "ngram", "none"]
 VerificationMode = Literal["coupled", "token", "block"]
 ScheduleName = Literal["auto", "fixed", "threshold", "off"]
 
@@ -25,7 +25,7 @@ class EngineConfig(BaseModel):
     device: Device = Field(default="auto", description="auto: the first CUDA device where there is one, else the CPU")
 
     drafter: DrafterName = Field(default="auto", description="who proposes tokens; auto picks the best for the target")
-    drafter_path: str | None = Field(default=None, description="checkpoint of a dspark or draft_model drafter")
+    drafter_path: str | None = Field(default=None, description="checkpoint of a dspark, hybrid or draft_model drafter")
     verification: VerificationMode = Field(default="coupled", description="coupled: output equals plain decoding")
     schedule: ScheduleName = Field(default="auto", description="how draft and verify lengths are chosen")
     max_draft_tokens: int | None = Field(default=None, ge=1, le=64, description="γ; None: the drafter's own")

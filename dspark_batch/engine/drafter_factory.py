@@ -8,6 +8,7 @@ from typing import Any, cast
 
 from dspark_batch.drafters.base import Drafter
 from dspark_batch.drafters.dspark.embedded import embedded_drafter
+from dspark_batch.drafters.hybrid import HybridDrafter
 from dspark_batch.drafters.ngram import DEFAULT_DRAFT_TOKENS, NgramDrafter
 from dspark_batch.drafters.none import NoDrafter
 from dspark_batch.engine.config import DrafterName, EngineConfig
@@ -41,7 +42,7 @@ def make_drafter(config: EngineConfig, target: Target, *, target_fingerprint: st
     """
     name = "none" if config.schedule == "off" else config.drafter
     path = Path(config.drafter_path) if config.drafter_path else None
-    if path is None and name in ("auto", "dspark"):
+    if path is None and name in ("auto", "dspark", "hybrid"):
         path = embedded_drafter(target_fingerprint)
     if name == "auto":
         name = AUTO_DRAFTER if path is None else "dspark"
@@ -49,10 +50,15 @@ def make_drafter(config: EngineConfig, target: Target, *, target_fingerprint: st
         return NoDrafter()
     if name == "ngram":
         return NgramDrafter(max_draft_tokens=config.max_draft_tokens or DEFAULT_DRAFT_TOKENS)
-    if name in ("draft_model", "dspark") and path is None:
+    if name in ("draft_model", "dspark", "hybrid") and path is None:
         raise ConfigError([Problem("engine.drafter_path", f"is not set, and drafter {name!r} needs a checkpoint")])
-    if name == "dspark":
-        return _dspark(path, target, target_fingerprint, shared_noise=config.verification == "coupled")
+    if name in ("dspark", "hybrid"):
+        block = _dspark(path, target, target_fingerprint, shared_noise=config.verification == "coupled")
+        if name == "dspark":
+            return block
+        suffix = _load(*_DRAFTERS["suffix"], field="engine.drafter", value=name)
+        lookup = suffix.from_config(config, target, target_fingerprint=target_fingerprint)
+        return HybridDrafter(lookup, block)
     found = _load(*_DRAFTERS[name], field="engine.drafter", value=name)
     return cast(Drafter, found.from_config(config, target, target_fingerprint=target_fingerprint))
 
