@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from dspark_batch.core import Request, Result
+from dspark_batch.metrics import EngineStats
 
 
 class RowEngine(Protocol):
@@ -33,3 +34,11 @@ class RowEngine(Protocol):
         ...
 
     def close(self) -> None: ...
+
+
+@runtime_checkable
+class MeasuredEngine(Protocol):
+    """An engine that also counts the tokens of samples which have not come out yet."""
+
+    @property
+    def stats(self) -> EngineStats: ...

@@ -9,7 +9,7 @@ from typing import cast
 
 from dspark_batch.batch.contract import RowEngine
 from dspark_batch.engine.config import EngineConfig
-from dspark_batch.errors import ConfigError, Problem
+from dspark_batch.errors import ConfigError, DSparkBatchError, ModelError, Problem
 
 ENGINE_FACTORY_VARIABLE = "DSPARK_BATCH_ENGINE_FACTORY"
 """Environment variable with a ``module:function`` that makes the engine from an ``EngineConfig``, for tests."""
@@ -24,14 +24,31 @@ def make_engine(config: EngineConfig, *, factory: str | None = None) -> RowEngin
     """An engine ready to take rows; loads the model.
 
     Raises:
-        ModelError: the checkpoint is missing or not supported.
-        ConfigError: ``factory`` is not an importable ``module:function``.
+        ModelError: the checkpoint is missing or not supported, or there is not enough memory for it, or anything else
+            went wrong while it was loaded; the message says what.
+        ConfigError: a setting does not fit the model, or ``factory`` is not an importable ``module:function``.
     """
-    if factory is None:
-        from dspark_batch.engine.engine import BatchEngine
+    make = _real_engine if factory is None else _load(factory)
+    try:
+        return make(config)
+    except DSparkBatchError:
+        raise
+    except Exception as error:
+        raise ModelError(_loading_failed(config, error)) from error
 
-        return cast(RowEngine, BatchEngine.from_config(config))
-    return _load(factory)(config)
+
+def _real_engine(config: EngineConfig) -> RowEngine:
+    from dspark_batch.engine.engine import BatchEngine
+
+    return cast(RowEngine, BatchEngine.from_config(config))
+
+
+def _loading_failed(config: EngineConfig, error: Exception) -> str:
+    first_line = str(error).strip().splitlines()[:1]
+    text = f"model {config.target!r} cannot be loaded: {type(error).__name__}: {' '.join(first_line)}"
+    if isinstance(error, MemoryError) or "out of memory" in str(error).lower() or "can't allocate" in str(error):
+        text += " (lower engine.kv_cache_gib or engine.max_concurrency, or use a smaller model or a larger device)"
+    return text
 
 
 def _load(factory: str) -> Callable[[EngineConfig], RowEngine]:

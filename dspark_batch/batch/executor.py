@@ -11,7 +11,7 @@ import pyarrow as pa
 from dspark_batch.batch.commit import RunStore
 from dspark_batch.batch.engines import make_engine
 from dspark_batch.batch.layout import RunTicket
-from dspark_batch.batch.live import CountingEngine, LiveCounts
+from dspark_batch.batch.live import CountingEngine, EngineLoad, LiveCounts
 from dspark_batch.batch.manifest import ManifestEntry
 from dspark_batch.batch.reader import ShardReader
 from dspark_batch.batch.results import ShardResult
@@ -19,6 +19,7 @@ from dspark_batch.batch.retry import committed_table, merge, only_rows, retryabl
 from dspark_batch.batch.rows import ShardInput
 from dspark_batch.batch.service import WorkerService
 from dspark_batch.batch.shards import Shard
+from dspark_batch.batch.watchdog import Watchdog, describe_hang
 from dspark_batch.batch.worker import BatchWorker
 from dspark_batch.engine.config import EngineConfig
 from dspark_batch.errors import EngineError
@@ -41,6 +42,8 @@ class WorkerSpec:
     num_threads: int | None = None
     ticket: RunTicket | None = None
     """Of the store that the driver opened; it says where to commit, and under which lease."""
+    owns_process: bool = False
+    """Whether the process is there for this worker alone, and may be ended where it hangs beyond rescue."""
 
     def open_store(self) -> RunStore:
         """The run's output folder, as a worker commits to it."""
@@ -76,6 +79,7 @@ class ShardExecutor:
         # take as long as everything else that is done for a row.
         gc.collect()
         gc.freeze()
+        self._watchdog = self._start_watchdog()
 
     def run(self, shard: Shard) -> ManifestEntry:
         """Generate and commit one shard; the entry that stands if another attempt has committed it already.
@@ -101,12 +105,18 @@ class ShardExecutor:
         """What the engine has produced so far, committed or not. Thread-safe."""
         return LiveCounts() if self._engine is None else self._engine.counts
 
+    def load(self) -> EngineLoad:
+        """How full the engine is. Thread-safe."""
+        return EngineLoad() if self._engine is None else self._engine.load
+
     def close(self) -> None:
-        """Stop the engine after its current round; shards in flight are given up."""
+        """Stop the engine after its current round; shards in flight are given up. One that hangs is left as it is."""
         gc.unfreeze()
         self._service.close()
+        if self._watchdog is not None:
+            self._watchdog.stop()
         self._reader.close()
-        if self._engine is not None:
+        if self._engine is not None and not self._service.is_abandoned:
             self._engine.close()
 
     def __enter__(self) -> ShardExecutor:
@@ -120,6 +130,25 @@ class ShardExecutor:
             return self._service.submit(shard).result()
         except (CancelledError, RuntimeError) as error:
             raise EngineError(f"shard {shard.key}: given up, the engine was closed") from error
+
+    def _start_watchdog(self) -> Watchdog | None:
+        engine, service, config = self._engine, self._service, self._spec.config
+        assert engine is not None, "the service starts by making the engine"
+        if config.engine.watchdog_s is None:
+            return None
+
+        def give_up(pause_s: float) -> None:
+            doing = f"{service.doing or 'no work'} with {engine.load.num_running} samples"
+            service.abandon(EngineError(describe_hang(pause_s=pause_s, thread=service.thread, doing=doing)))
+
+        return Watchdog(
+            timeout_s=config.engine.watchdog_s,
+            first_timeout_s=config.ray.load_timeout_s,
+            progress=lambda: engine.num_processed,
+            is_busy=lambda: service.doing is not None,
+            on_hang=give_up,
+            ends_process=self._spec.owns_process,
+        ).start()
 
     def _make_worker(self) -> BatchWorker:
         self._engine = CountingEngine(make_engine(self._spec.engine_config(), factory=self._spec.engine_factory))

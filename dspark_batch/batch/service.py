@@ -42,6 +42,8 @@ class WorkerService:
         self._ready: Future[ShardWorker] = Future()
         self._lock = threading.Lock()
         self._closed = False
+        self._abandoned = False
+        self._doing: str | None = None
         self._fault: EngineError | None = None
         self._futures: dict[str, Future[ShardResult]] = {}
         self._thread = threading.Thread(target=self._run, name="dspark-batch-engine", daemon=True)
@@ -56,6 +58,15 @@ class WorkerService:
     def fault(self) -> EngineError | None:
         """Why the engine broke, or None. A broken service takes no more shards; its process should end."""
         return self._fault
+
+    @property
+    def thread(self) -> threading.Thread:
+        return self._thread
+
+    @property
+    def doing(self) -> str | None:
+        """What the engine thread does now, for messages; None while it waits for work."""
+        return self._doing
 
     def submit(self, shard: ShardInput) -> Future[ShardResult]:
         """Queue a shard. Thread-safe.
@@ -72,13 +83,25 @@ class WorkerService:
             self._inbox.put((shard, future))
         return future
 
+    def abandon(self, fault: EngineError) -> None:
+        """Give up an engine thread that hangs: open futures end with the fault, and ``close`` does not wait for it.
+
+        The thread goes on if it ever can, and then ends. Thread-safe.
+        """
+        self._abandoned = True
+        self._fail(fault)
+
+    @property
+    def is_abandoned(self) -> bool:
+        return self._abandoned
+
     def close(self) -> None:
         """Stop after the current round. Shards in flight are cancelled. May be called twice."""
         with self._lock:
             if not self._closed:
                 self._closed = True
                 self._inbox.put(None)
-        if self._thread.is_alive():
+        if self._thread.is_alive() and not self._abandoned:
             self._thread.join()
 
     def __enter__(self) -> WorkerService:
@@ -96,10 +119,11 @@ class WorkerService:
             return
         self._ready.set_result(worker)
         try:
-            while self._accept(worker):
+            while not self._abandoned and self._accept(worker):
+                self._doing = "a decoding round"
                 worker.advance()
                 for result in worker.take_finished():
-                    self._futures.pop(result.key).set_result(result)
+                    self._deliver(result)
         except EngineError as error:
             self._fail(error)
         except Exception as error:
@@ -109,9 +133,17 @@ class WorkerService:
         else:
             self._fail(None)
 
+    def _deliver(self, result: ShardResult) -> None:
+        with self._lock:
+            future = self._futures.pop(result.key, None)
+        if future is not None:
+            future.set_result(result)
+
     def _accept(self, worker: ShardWorker) -> bool:
         """Open every shard in the inbox, waiting where there is nothing else to do. False when the service closes."""
         while True:
+            if worker.num_open_shards == 0:
+                self._doing = None
             try:
                 job = self._inbox.get(block=worker.num_open_shards == 0)
             except queue.Empty:
@@ -124,19 +156,27 @@ class WorkerService:
             if shard.key in self._futures:
                 future.set_exception(ValueError(f"shard {shard.key} was submitted while it is in flight"))
                 continue
-            self._futures[shard.key] = future
+            with self._lock:
+                fault = self._fault
+                if fault is None:
+                    self._futures[shard.key] = future
+            if fault is not None:
+                future.set_exception(fault)
+                return False
+            self._doing = f"taking in shard {shard.key}"
             worker.open(shard)
 
     def _fail(self, fault: EngineError | None) -> None:
         """End every future that is still open: with the fault, or cancelled where there is none."""
         with self._lock:
-            self._fault = fault
+            self._fault = self._fault or fault
             self._closed = True
-        pending = list(self._futures.values())
-        self._futures.clear()
-        while not self._inbox.empty():
-            job = self._inbox.get()
-            if job is not None and job[1].set_running_or_notify_cancel():
-                pending.append(job[1])
+            pending = list(self._futures.values())
+            self._futures.clear()
+            while not self._inbox.empty():
+                job = self._inbox.get()
+                if job is not None and job[1].set_running_or_notify_cancel():
+                    pending.append(job[1])
+        self._doing = None
         for future in pending:
             future.set_exception(fault if fault is not None else CancelledError())

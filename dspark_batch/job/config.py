@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_serializer, model_validator
 
 from dspark_batch.core import SamplingParams
 from dspark_batch.engine.config import (
@@ -152,11 +152,43 @@ class EngineSection(Section):
     kv_cache_gib: float | Auto = "auto"
     threads: int | Auto = "auto"
     share_prefixes: bool = True
+    watchdog_s: float | None = Field(
+        default=600.0, gt=0, description="an engine without progress for so long counts as hung; null: never"
+    )
+
+
+class ActorRange(Section):
+    """How many actors a run has: from ``min`` at its start up to ``max`` while shards wait. Equal: a fixed number."""
+
+    min: int = Field(ge=1)
+    max: int = Field(ge=1)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_number(cls, value: Any) -> Any:
+        is_number = isinstance(value, int) and not isinstance(value, bool)
+        return {"min": value, "max": value} if is_number else value
+
+    @model_validator(mode="after")
+    def _is_a_range(self) -> ActorRange:
+        if self.min > self.max:
+            raise ValueError(f"ray.actors.min must be at most ray.actors.max, got {self.min} and {self.max}")
+        return self
+
+    @model_serializer
+    def _as_written(self) -> int | dict[str, int]:
+        return self.min if self.is_fixed else {"min": self.min, "max": self.max}
+
+    @property
+    def is_fixed(self) -> bool:
+        return self.min == self.max
 
 
 class RaySection(Section):
     address: str | None = Field(default=None, description="cluster to join; null: RAY_ADDRESS, else a local one")
-    actors: int = Field(default=1, ge=1)
+    actors: ActorRange = Field(
+        default=ActorRange(min=1, max=1), description="engines, a number; or {min, max}, as many as there is work for"
+    )
     num_gpus: float | Auto = Field(default="auto", description="per actor; auto: 1 where the cluster has GPUs")
     num_cpus: float | Auto = Field(default="auto", description="per actor; auto: an even share of the cluster")
     shards_in_flight: Annotated[int, Field(ge=1)] | Auto = Field(
@@ -191,10 +223,10 @@ class JobConfig(Section):
     limits: LimitsSection = Field(default_factory=LimitsSection)
 
     def shards_in_flight(self, *, num_shards: int) -> int:
-        """Shards that one engine decodes together, when ``num_shards`` are left for ``ray.actors`` engines."""
+        """Shards that one engine decodes together, when ``num_shards`` are left for the most ``ray.actors``."""
         enough = max(2, math.ceil(AUTO_ROWS_IN_FLIGHT / self.shards.rows))
         chosen = enough if isinstance(self.ray.shards_in_flight, str) else self.ray.shards_in_flight
-        return max(1, min(chosen, math.ceil(num_shards / self.ray.actors)))
+        return max(1, min(chosen, math.ceil(num_shards / self.ray.actors.max)))
 
     def engine_config(self) -> EngineConfig:
         """The engine's settings out of the model, speculation and engine sections."""

@@ -23,7 +23,7 @@ def append_metrics(finished: Finished, *, device: DeviceFacts) -> None:
         "elapsed_s": round(finished.elapsed_s, 3),
         "ending": finished.ending.value,
         "backend": run.config.engine.backend,
-        "num_actors": run.config.ray.actors,
+        "num_actors": run.config.ray.actors.max,
         "done": asdict(finished.done),
         "whole": asdict(finished.whole),
         "device": asdict(device),

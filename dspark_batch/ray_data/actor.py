@@ -17,6 +17,8 @@ import ray
 
 from dspark_batch.batch.executor import ShardExecutor, WorkerSpec
 from dspark_batch.errors import DSparkBatchError, EngineError
+from dspark_batch.ray_data.control import Failure
+from dspark_batch.ray_data.metrics import METRICS_INTERVAL_S, ActorMetrics
 
 if TYPE_CHECKING:
     from dspark_batch.batch.manifest import ManifestEntry
@@ -27,6 +29,7 @@ ENTRY_COLUMN = "entry"
 ENTRY_SCHEMA = pa.schema([(ENTRY_COLUMN, pa.binary())])
 
 LIVE_INTERVAL_S = 1.0
+"""How often the driver hears what the engine has produced; Ray's metrics are told every ``METRICS_INTERVAL_S``."""
 
 logger = logging.getLogger(__name__)
 
@@ -38,8 +41,8 @@ class ShardActor:
     rows of all shards in flight share one continuous batch. No row comes out for a shard that was not begun because
     the run is stopping.
 
-    An engine fault ends this process, so that Ray starts another and gives it the shard again; every other error is
-    told to ``control`` for the driver to raise, and ends the job.
+    An engine that broke or hangs ends this process, so that Ray starts another and gives it the shard again; every
+    other error is told to ``control`` for the driver to raise, and ends the job.
     """
 
     def __init__(self, spec: WorkerSpec, *, shards_in_flight: int, num_threads: int, control: Any) -> None:
@@ -47,11 +50,15 @@ class ShardActor:
         if not ray.get(control.begin_worker.remote()):
             raise EngineError("not started: the starts before came to nothing")
         try:
-            self._executor = ShardExecutor(replace(spec, num_threads=num_threads))
+            self._executor = ShardExecutor(replace(spec, num_threads=num_threads, owns_process=True))
         except Exception as error:
-            ray.get(control.fail.remote(type(error).__name__, str(error)))
+            ray.get(control.fail.remote(Failure.of(error)))
             raise
+        ray.get(control.note_loaded.remote())
         self._name = f"{ray.get_runtime_context().get_node_id()}/{os.getpid()}"
+        self._metrics = ActorMetrics(
+            run=spec.run_id, model=spec.config.model.target, actor=f"{ray.util.get_node_ip_address()}/{os.getpid()}"
+        )
         threading.Thread(target=self._tell_live, name="dspark-batch-live", daemon=True).start()
         self._threads = ThreadPoolExecutor(shards_in_flight, thread_name_prefix="dspark-batch-shard")
 
@@ -69,17 +76,23 @@ class ShardActor:
             await self._end_process(error)
             raise
         except DSparkBatchError as error:
-            await self._control.fail.remote(type(error).__name__, str(error))
+            await self._control.fail.remote(Failure.of(error))
             raise
         except Exception as error:
-            await self._control.fail.remote("OutputError", f"shard {shard.name}: {type(error).__name__}: {error}")
+            message = f"shard {shard.name}: {type(error).__name__}: {error}"
+            await self._control.fail.remote(Failure(kind="OutputError", message=message))
             raise
+        self._metrics.note_commit(entry.stats)
         await self._control.note_commit.remote()
         return entry
 
     def _tell_live(self) -> None:
+        next_metrics_s = time.monotonic()
         while True:
             self._control.note_live.remote(self._name, self._executor.live())
+            if time.monotonic() >= next_metrics_s:
+                self._metrics.update(self._executor.live(), self._executor.load())
+                next_metrics_s = time.monotonic() + METRICS_INTERVAL_S
             time.sleep(LIVE_INTERVAL_S)
 
     async def _end_process(self, error: EngineError) -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import ray
 
-from dspark_batch.errors import ConfigError, Problem
+from dspark_batch.errors import ConfigError, EngineError, Problem
 from dspark_batch.job.config import RaySection
 from dspark_batch.ray_data.environment import cluster_address
 
@@ -39,6 +39,7 @@ def ray_session(section: RaySection) -> Iterator[None]:
 
     Raises:
         ConfigError: the cluster at ``ray.address`` (or ``RAY_ADDRESS``) cannot be reached.
+        EngineError: Ray does not start on this machine.
     """
     _quiet_loggers()
     if ray.is_initialized():
@@ -46,15 +47,18 @@ def ray_session(section: RaySection) -> Iterator[None]:
         return
     address = cluster_address(section.address)
     if address is None:
-        ray.init(
-            address="local",
-            num_cpus=len(os.sched_getaffinity(0)),
-            include_dashboard=False,
-            _node_ip_address="127.0.0.1",
-            object_store_memory=LOCAL_OBJECT_STORE_BYTES,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-        )
+        try:
+            ray.init(
+                address="local",
+                num_cpus=len(os.sched_getaffinity(0)),
+                include_dashboard=False,
+                _node_ip_address="127.0.0.1",
+                object_store_memory=LOCAL_OBJECT_STORE_BYTES,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+            )
+        except (ConnectionError, ValueError, RuntimeError, OSError) as error:
+            raise EngineError(f"Ray does not start on this machine: {error}") from error
     else:
         try:
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
@@ -73,22 +77,32 @@ def actor_share(section: RaySection, *, device: str) -> ActorShare:
 
 
 def share_of(nodes: Sequence[Mapping[str, float]], *, section: RaySection, device: str) -> ActorShare:
-    """The same from the resources of every node.
+    """The same from the resources of every node. A range of actors shares the CPUs as if all were there, one CPU each
+    at least; those that do not fit yet wait for nodes that a cluster autoscaler adds.
 
     Raises:
-        ConfigError: the cluster cannot place ``ray.actors`` actors with the configured ``ray.num_cpus`` and
-            ``ray.num_gpus``.
+        ConfigError: the cluster cannot place the fewest ``ray.actors`` with the configured ``ray.num_cpus`` and
+            ``ray.num_gpus``, or a range was given for actors with GPUs.
     """
     can_use_gpu = device != "cpu" and any(node.get("GPU", 0) >= 1 for node in nodes)
     num_gpus = float(can_use_gpu) if section.num_gpus == "auto" else section.num_gpus
-    num_cpus = _even_share(nodes, actors=section.actors, num_gpus=num_gpus)
+    actors = section.actors
+    if num_gpus > 0 and not actors.is_fixed:
+        message = (
+            f"{actors.min} to {actors.max} actors with {num_gpus:g} GPUs each: a pool on GPUs has a fixed size, as Ray "
+            f"does not grow one reliably; give a number, such as {actors.max}, or ray.num_gpus=0"
+        )
+        raise ConfigError([Problem("ray.actors", message)])
+    num_cpus = _even_share(nodes, actors=actors.max, num_gpus=num_gpus)
+    if not actors.is_fixed and num_cpus < 1:
+        num_cpus = 1.0
     if section.num_cpus != "auto":
         num_cpus = section.num_cpus
     placed = sum(_places(node, num_cpus=num_cpus, num_gpus=num_gpus) for node in nodes)
-    if placed < section.actors:
+    if placed < actors.min:
         have = ", ".join(f"{node.get('CPU', 0):g} CPUs and {node.get('GPU', 0):g} GPUs" for node in nodes)
         message = (
-            f"{section.actors} actors with {num_cpus:g} CPUs and {num_gpus:g} GPUs each do not fit; room for {placed}; "
+            f"{actors.min} actors with {num_cpus:g} CPUs and {num_gpus:g} GPUs each do not fit; room for {placed}; "
             f"the nodes have: {have}"
         )
         raise ConfigError([Problem("ray.actors", message)])

@@ -5,17 +5,25 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from dspark_batch.batch.live import LiveCounts
+from dspark_batch.errors import ConfigError, Problem
 
+WITHOUT_A_WORD = "the process ended without a word (killed, out of memory, or crashed)"
 MAX_FRUITLESS_STARTS = 4
 """Starts of an actor in a row, per actor of the pool, between which no shard was committed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Failure:
-    """What ended the job inside an actor: the name of the exception class and its message."""
+    """What ended the job inside an actor: the exception's class by name, its message, a ConfigError's problems."""
 
     kind: str
     message: str
+    problems: tuple[Problem, ...] = ()
+
+    @classmethod
+    def of(cls, error: Exception) -> Failure:
+        problems = error.problems if isinstance(error, ConfigError) else ()
+        return cls(kind=type(error).__name__, message=str(error), problems=problems)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,7 +44,8 @@ class JobControl:
     def __init__(self, *, num_actors: int) -> None:
         self._max_starts = MAX_FRUITLESS_STARTS * num_actors
         self._num_starts = 0
-        self._last_fault = "the process ended without a word (killed, out of memory, or crashed)"
+        self._last_fault: str | None = None
+        self._is_loading = False
         self._failure: Failure | None = None
         self._stopping = False
         self._live: dict[str, LiveCounts] = {}
@@ -45,11 +54,17 @@ class JobControl:
         """An actor starts. False: it must not, since the starts before it came to nothing."""
         self._num_starts += 1
         if self._num_starts > self._max_starts and self._failure is None:
-            message = (
-                f"the engine broke {self._num_starts - 1} times without finishing a shard; last: {self._last_fault}"
-            )
+            fault = self._last_fault or WITHOUT_A_WORD
+            if self._last_fault is None and self._is_loading:
+                fault = f"while it loaded the model, {WITHOUT_A_WORD}"
+            message = f"the engine broke {self._num_starts - 1} times without finishing a shard; last: {fault}"
             self._failure = Failure(kind="EngineError", message=message)
+        self._is_loading = True
         return self._failure is None
+
+    def note_loaded(self) -> None:
+        """The actor that started last has its model and takes shards."""
+        self._is_loading = False
 
     def begin_shard(self) -> bool:
         """Whether an actor may begin another shard."""
@@ -62,10 +77,10 @@ class JobControl:
         """The engine of an actor broke; its process ends and is replaced."""
         self._last_fault = message
 
-    def fail(self, kind: str, message: str) -> None:
+    def fail(self, failure: Failure) -> None:
         """The job cannot go on. The first failure is kept."""
         if self._failure is None:
-            self._failure = Failure(kind=kind, message=message)
+            self._failure = failure
 
     def stop(self) -> None:
         """Begin no further shard."""

@@ -12,6 +12,7 @@ import pyarrow as pa
 import ray
 import ray.data
 from ray.data import ActorPoolStrategy, DataContext, Dataset
+from ray.data.context import AutoscalingConfig
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from dspark_batch import errors
@@ -21,7 +22,7 @@ from dspark_batch.errors import DSparkBatchError, EngineError
 from dspark_batch.job.config import RaySection
 from dspark_batch.ray_data.actor import ENTRY_COLUMN, SHARD_COLUMN, ShardActor
 from dspark_batch.ray_data.cluster import ActorShare, actor_share
-from dspark_batch.ray_data.control import Failure, JobControl, Status
+from dspark_batch.ray_data.control import MAX_FRUITLESS_STARTS, Failure, JobControl, Status
 
 if TYPE_CHECKING:
     from dspark_batch.batch.manifest import ManifestEntry
@@ -31,7 +32,7 @@ TICK_S = 0.2
 
 
 class RayBackend:
-    """Runs shards on a fixed pool of actors. Ray must be initialised; see ``cluster.ray_session``."""
+    """Runs shards on a pool of actors. Ray must be initialised; see ``cluster.ray_session``."""
 
     def __init__(self, spec: WorkerSpec, *, section: RaySection, device: str) -> None:
         self._spec = spec
@@ -40,7 +41,7 @@ class RayBackend:
         self._live = LiveCounts()
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         control = ray.remote(num_cpus=0, scheduling_strategy=here)(JobControl)
-        self._control = control.remote(num_actors=section.actors)
+        self._control = control.remote(num_actors=section.actors.max)
 
     def run(self, shards: Sequence[Shard]) -> Iterator[ManifestEntry | None]:
         """The entry of every shard once it is committed; None whenever a moment passed without one.
@@ -66,7 +67,7 @@ class RayBackend:
         ray.get(self._control.stop.remote())
 
     def _dataset(self, shards: Sequence[Shard]) -> Dataset:
-        _configure(DataContext.get_current(), load_timeout_s=self._section.load_timeout_s)
+        _configure(DataContext.get_current(), section=self._section)
         items = [{SHARD_COLUMN: pickle.dumps(shard)} for shard in shards]
         return shard_dataset(
             ray.data.from_items(items, override_num_blocks=len(items)),
@@ -93,7 +94,8 @@ def shard_dataset(
         batch_size=1,
         batch_format="pyarrow",
         compute=ActorPoolStrategy(
-            size=section.actors,
+            min_size=section.actors.min,
+            max_size=section.actors.max,
             max_tasks_in_flight_per_actor=shards_in_flight,
             max_concurrent_calls_per_actor=shards_in_flight,
         ),
@@ -108,9 +110,17 @@ def shard_dataset(
     )
 
 
-def _configure(context: DataContext, *, load_timeout_s: float) -> None:
+def _configure(context: DataContext, *, section: RaySection) -> None:
+    """A pool grows while every actor has its shards in flight and more wait, and shrinks only when none waits.
+
+    Actors whose process is killed while they load are replaced, within the bound that ``JobControl`` sets.
+    """
     context.enable_progress_bars = False
-    context.execution_no_progress_timeout_s = load_timeout_s
+    context.execution_no_progress_timeout_s = section.load_timeout_s
+    context.max_consecutive_actor_init_deaths = MAX_FRUITLESS_STARTS * section.actors.max
+    context.autoscaling_config = AutoscalingConfig(
+        actor_pool_util_upscaling_threshold=1.0, actor_pool_util_downscaling_threshold=0.0
+    )
 
 
 def _records(dataset: Dataset) -> Iterator[ManifestEntry | BaseException | None]:
@@ -142,6 +152,8 @@ def _records(dataset: Dataset) -> Iterator[ManifestEntry | BaseException | None]
 
 
 def _as_error(failure: Failure) -> DSparkBatchError:
+    if failure.problems:
+        return errors.ConfigError(failure.problems)
     kind = getattr(errors, failure.kind, None)
     if isinstance(kind, type) and issubclass(kind, DSparkBatchError) and not issubclass(kind, errors.ConfigError):
         return kind(failure.message)

@@ -8,7 +8,7 @@ from typing import Any
 import pyarrow as pa
 
 from dspark_batch.batch.contract import RowEngine
-from dspark_batch.batch.engines import make_engine
+from dspark_batch.batch.engines import configured_factory, make_engine
 from dspark_batch.batch.rows import ShardInput, row_ids
 from dspark_batch.batch.worker import BatchWorker
 from dspark_batch.errors import ConfigError, Problem
@@ -39,7 +39,8 @@ class Generate:
         self._config = config if isinstance(config, JobConfig) else _complete(config)
         if self._config.input.id is None and not self._config.sampling.to_params().is_greedy:
             raise ConfigError([Problem("input.id", "is needed where sampling.temperature is above 0")])
-        self._engine: RowEngine = make_engine(self._config.engine_config(), factory=engine_factory)
+        factory = engine_factory or configured_factory()
+        self._engine: RowEngine = make_engine(self._config.engine_config(), factory=factory)
         self._worker: BatchWorker | None = None
         self._schema: pa.Schema | None = None
 

@@ -1,11 +1,13 @@
 """A scripted engine that notes its loads and rows in files, so that tests can count them across processes.
 
-``EngineConfig.target`` is a folder. ``options.json`` in it may hold ``step_delay_s``, ``max_concurrency`` and
-``die_once_after_rows``; ``loads.jsonl`` and ``rows.txt`` are written.
+``EngineConfig.target`` is a folder. ``options.json`` in it may hold ``step_delay_s``, ``max_concurrency``,
+``die_once_after_rows``, ``hang_once_after_rows`` (with ``hang_holds_lock``: in native code that keeps the interpreter's
+lock), ``die_at_load`` and ``note_steps``. ``loads.jsonl``, ``rows.txt`` and ``steps.jsonl`` are written.
 """
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import time
@@ -18,6 +20,7 @@ from dspark_batch.engine.config import EngineConfig
 from dspark_batch.testing.scripted_engine import ScriptedEngine, prompt_text
 
 FACTORY = "dspark_batch.testing.counting_engine:counting"
+HANG_S = 3600
 NOTED_VARIABLES = ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")
 
 
@@ -45,8 +48,12 @@ class EngineFolder:
         """The prompt of every request that reached an engine, in order of arrival."""
         return [json.loads(line) for line in self._lines("rows.txt")]
 
+    def steps(self) -> list[list[str]]:
+        """The request ids that took part in each step, in order; empty without ``note_steps``."""
+        return [json.loads(line) for line in self._lines("steps.jsonl")]
+
     def forget(self) -> None:
-        for name in ("loads.jsonl", "rows.txt"):
+        for name in ("loads.jsonl", "rows.txt", "steps.jsonl"):
             (self.path / name).unlink(missing_ok=True)
 
     def note(self, name: str, value: object) -> None:
@@ -71,7 +78,7 @@ class EngineFolder:
 
 
 class CountingEngine(ScriptedEngine):
-    """Notes every request; may end its process once in the middle."""
+    """Notes every request; may end its process, or hang, once in the middle."""
 
     def __init__(self, folder: EngineFolder) -> None:
         options = folder.options()
@@ -79,6 +86,9 @@ class CountingEngine(ScriptedEngine):
         self._folder = folder
         self._step_delay_s = float(options.get("step_delay_s", 0.0))
         self._die_after: int | None = options.get("die_once_after_rows")
+        self._hang_after: int | None = options.get("hang_once_after_rows")
+        self._hang_holds_lock = bool(options.get("hang_holds_lock"))
+        self._note_steps = bool(options.get("note_steps"))
         self._num_out = 0
 
     def add(self, request: Request) -> int:
@@ -89,9 +99,21 @@ class CountingEngine(ScriptedEngine):
         time.sleep(self._step_delay_s)
         if self._die_after is not None and self._num_out >= self._die_after and self._folder.claim("died"):
             os._exit(13)
+        if self._hang_after is not None and self._num_out >= self._hang_after and self._folder.claim("hung"):
+            _hang(holds_lock=self._hang_holds_lock)
         out = super().step()
         self._num_out += len(out)
+        if self._note_steps:
+            done = [result.id for _, result in out]
+            self._folder.note("steps.jsonl", [*done, *(sample.request.id for sample in self._running)])
         return out
+
+
+def _hang(*, holds_lock: bool) -> None:
+    if holds_lock:
+        ctypes.PyDLL(None).sleep(HANG_S)
+    else:
+        time.sleep(HANG_S)
 
 
 def counting(config: EngineConfig) -> CountingEngine:
@@ -99,4 +121,6 @@ def counting(config: EngineConfig) -> CountingEngine:
     folder = EngineFolder(Path(config.target))
     environment = {name: os.environ.get(name) for name in NOTED_VARIABLES}
     folder.note("loads.jsonl", {"pid": os.getpid(), "threads": config.threads, **environment})
+    if folder.options().get("die_at_load"):
+        os._exit(13)
     return CountingEngine(folder)

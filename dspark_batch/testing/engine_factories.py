@@ -7,7 +7,7 @@ import time
 
 from dspark_batch.core import ErrorCode, Request, Result
 from dspark_batch.engine.config import EngineConfig
-from dspark_batch.errors import EngineError, ModelError
+from dspark_batch.errors import ConfigError, EngineError, ModelError, Problem
 from dspark_batch.testing.scripted_engine import ScriptedEngine
 
 STEP_DELAY_VARIABLE = "DSPARK_BATCH_TEST_STEP_DELAY_S"
@@ -59,6 +59,16 @@ def refusing(config: EngineConfig) -> RefusingEngine:
 def missing(config: EngineConfig) -> ScriptedEngine:
     """Stands for a model that cannot be loaded."""
     raise ModelError(f"model {config.target!r}: no such checkpoint (scripted)")
+
+
+def too_large(config: EngineConfig) -> ScriptedEngine:
+    """Stands for a model that does not fit into memory."""
+    raise MemoryError("Unable to allocate 160 GiB (scripted)")
+
+
+def contradicting(config: EngineConfig) -> ScriptedEngine:
+    """Stands for a setting that only the loaded model shows to be wrong."""
+    raise ConfigError([Problem("engine.max_context", "99 is more than the model's 9 (scripted)")])
 
 
 def breaking(config: EngineConfig) -> ScriptedEngine:

@@ -13,6 +13,8 @@ from dspark_batch.batch.commit import read_output
 from dspark_batch.batch.engines import ENGINE_FACTORY_VARIABLE
 from dspark_batch.cli import run_cli
 from dspark_batch.job.outcome import ExitCode
+from dspark_batch.testing.counting_engine import FACTORY as COUNTING
+from dspark_batch.testing.counting_engine import EngineFolder
 from dspark_batch.testing.engine_factories import FAILURES_VARIABLE, FAULT_AFTER_VARIABLE
 from dspark_batch.testing.jobs import Job
 
@@ -309,3 +311,19 @@ def test_dry_run_reports_another_fingerprint(job: Job, capsys: Capture) -> None:
 def test_flags_that_exclude_each_other_are_refused(job: Job, capsys: Capture) -> None:
     assert run_cli(["run", job.write(), "--dry-run", "--retry-failed"]) == ExitCode.BAD_CONFIG
     assert "exclude each other" in capsys.readouterr().err
+
+
+def test_a_hung_engine_ends_the_run_in_one_line_and_the_same_command_goes_on(
+    job: Job, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = EngineFolder.make(job.folder / "engine", hang_once_after_rows=12)
+    monkeypatch.setenv(ENGINE_FACTORY_VARIABLE, COUNTING)
+    job.config["model"] = {"target": str(folder.path)}
+    job.config["engine"]["watchdog_s"] = 2.0
+    job.config["ray"]["load_timeout_s"] = 2.0
+    assert run_cli(["run", job.write()]) == ExitCode.FATAL
+    err = capfd.readouterr().err
+    assert "dspark-batch: the engine hangs: no progress for" in err
+    assert "Traceback" not in err
+    assert run_cli(["run", job.write()]) == ExitCode.OK
+    assert sorted(read_output(str(job.out))["id"].to_pylist()) == sorted(f"r{n}" for n in range(47))

@@ -37,7 +37,29 @@ def test_a_minimal_file_takes_every_default(tmp_path: Path) -> None:
 
 
 def test_an_empty_section_means_its_defaults(tmp_path: Path) -> None:
-    assert load_config(write(tmp_path, MINIMAL + "ray:\n")).ray.actors == 1
+    assert load_config(write(tmp_path, MINIMAL + "ray:\n")).ray.actors.max == 1
+
+
+def test_actors_are_a_number_or_a_range(tmp_path: Path) -> None:
+    fixed = load_config(write(tmp_path, MINIMAL), overrides=["ray.actors=3"]).ray.actors
+    assert (fixed.min, fixed.max, fixed.is_fixed) == (3, 3, True)
+    config = load_config(write(tmp_path, MINIMAL), overrides=["ray.actors={min: 1, max: 4}"])
+    assert (config.ray.actors.min, config.ray.actors.max, config.ray.actors.is_fixed) == (1, 4, False)
+    assert load_config(write(tmp_path, dump_config(config))) == config
+    assert yaml.safe_load(dump_config(config))["ray"]["actors"] == {"min": 1, "max": 4}
+
+
+@pytest.mark.parametrize(
+    ("value", "field", "message"),
+    [
+        ("0", "ray.actors.min", "greater than or equal to 1, got 0"),
+        ("{min: 3, max: 2}", "ray.actors.min", "at most ray.actors.max, got 3 and 2"),
+        ("{min: 1}", "ray.actors.max", "required"),
+        ("many", "ray.actors", "'many'"),
+    ],
+)
+def test_other_numbers_of_actors_are_refused(tmp_path: Path, value: str, field: str, message: str) -> None:
+    assert message in problems_of(write(tmp_path, MINIMAL), f"ray.actors={value}")[field].message
 
 
 def test_overrides_are_yaml_and_win_over_the_file(tmp_path: Path) -> None:

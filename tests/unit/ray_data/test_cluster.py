@@ -50,6 +50,30 @@ def test_actors_that_do_not_fit_are_refused_instead_of_waiting_for_ever(section:
         share_of([{"CPU": 4.0}], section=section, device="auto")
 
 
+@pytest.mark.parametrize(
+    ("num_node_cpus", "actors", "num_cpus"),
+    [(8.0, {"min": 1, "max": 4}, 2.0), (2.0, {"min": 1, "max": 4}, 1.0), (3.0, {"min": 3, "max": 30}, 1.0)],
+)
+def test_a_range_of_actors_shares_the_cpus_as_if_all_were_there_and_each_gets_one_at_least(
+    num_node_cpus: float, actors: dict[str, int], num_cpus: float
+) -> None:
+    share = share_of([{"CPU": num_node_cpus}], section=RaySection(actors=actors), device="auto")
+    assert share.num_cpus == num_cpus
+
+
+def test_the_fewest_actors_of_a_range_must_fit() -> None:
+    with pytest.raises(ConfigError, match=r"3 actors with 1 CPUs .* do not fit; room for 2"):
+        share_of([{"CPU": 2.0}], section=RaySection(actors={"min": 3, "max": 4}), device="auto")
+
+
+def test_a_range_of_actors_on_gpus_is_refused_with_what_to_do() -> None:
+    nodes = [{"CPU": 16.0, "GPU": 4.0}]
+    section = RaySection(actors={"min": 1, "max": 4})
+    with pytest.raises(ConfigError, match=r"ray\.actors: .*fixed size.*such as 4"):
+        share_of(nodes, section=section, device="auto")
+    assert share_of(nodes, section=section, device="cpu").num_gpus == 0.0
+
+
 def test_the_configured_address_wins_over_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
     assert cluster_address("ray://head:10001") == "ray://head:10001"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dspark_batch.batch.live import LiveCounts
+from dspark_batch.errors import ConfigError, EngineError, ModelError, Problem
 from dspark_batch.ray_data.control import MAX_FRUITLESS_STARTS, Failure, JobControl
 
 
@@ -36,8 +37,8 @@ def test_no_shard_begins_after_a_stop() -> None:
 
 def test_the_first_failure_is_kept() -> None:
     control = JobControl(num_actors=1)
-    control.fail("ModelError", "no such model")
-    control.fail("EngineError", "later")
+    control.fail(Failure.of(ModelError("no such model")))
+    control.fail(Failure.of(EngineError("later")))
     assert control.status().failure == Failure(kind="ModelError", message="no such model")
     assert not control.begin_worker()
 
@@ -48,3 +49,26 @@ def test_live_counts_of_all_processes_are_added_the_last_word_of_each() -> None:
         control.note_live("a", LiveCounts(num_samples=num_samples))
         control.note_live("b", LiveCounts(num_samples=10 * num_samples, num_rounds=3))
     assert control.status().live == LiveCounts(num_samples=55, num_rounds=3)
+
+
+def test_processes_that_end_while_they_load_are_told_from_those_that_end_later() -> None:
+    loading, working = JobControl(num_actors=1), JobControl(num_actors=1)
+    for _ in range(MAX_FRUITLESS_STARTS):
+        assert loading.begin_worker()
+        assert working.begin_worker()
+        working.note_loaded()
+    messages = []
+    for control in (loading, working):
+        assert not control.begin_worker()
+        failure = control.status().failure
+        assert failure is not None
+        messages.append(failure.message)
+    assert "while it loaded the model" in messages[0]
+    assert "without a word" in messages[1]
+    assert "loaded" not in messages[1]
+
+
+def test_the_problems_of_a_config_error_travel_with_it() -> None:
+    problem = Problem("engine.max_context", "is more than the model's")
+    assert Failure.of(ConfigError([problem])).problems == (problem,)
+    assert Failure.of(ModelError("x")).problems == ()
