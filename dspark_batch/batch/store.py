@@ -8,7 +8,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -55,11 +55,20 @@ class Store:
         self.is_local = isinstance(self.filesystem, fs.LocalFileSystem)
 
     def write(self, name: str, data: bytes, *, staging: str) -> None:
-        """Write the file so that it is whole or absent under ``name``: staged under another name, fsynced, renamed."""
+        """Write the file so that it is whole or absent under ``name``: staged under another name, fsynced, renamed.
+
+        Nothing stays under the other name where that fails.
+        """
 
         def stage_and_move() -> None:
-            self._write(staging, data)
-            self._move(staging, name)
+            try:
+                self._write(staging, data)
+                self._move(staging, name)
+            except OSError:
+                # A disk that is full is not made fuller.
+                with suppress(OSError):
+                    self.filesystem.delete_file(self._path(staging))
+                raise
 
         try:
             self._try(stage_and_move, doing="write", name=name)
