@@ -1,4 +1,4 @@
-"""Delta and Iceberg tables as a job's output, over a small table as input; read back through their formats alone."""
+"""Every format of a job's output, over a small table as input; read back by readers that know nothing of runs."""
 
 from __future__ import annotations
 
@@ -54,8 +54,21 @@ class TableOutput:
 
     def read(self) -> list[dict[str, Any]]:
         """All rows in the order of ``n``; none where there is no table yet."""
-        found = self._delta() if self.format == "delta" else self._iceberg()
+        readers = {"parquet": self._parquet, "delta": self._delta, "iceberg": self._iceberg}
+        found = readers[self.format]()
         return [] if found is None else sorted(found.to_pylist(), key=lambda row: row["n"])
+
+    def files(self) -> set[str]:
+        """The data files that a reader takes as the table: those that its log lists, or all Parquet files there."""
+        if self.format == "parquet":
+            return {str(file) for file in (self.folder / "out").glob("*.parquet")}
+        if self.format == "delta":
+            from deltalake import DeltaTable
+
+            return {uri.removeprefix("file://") for uri in DeltaTable(self.folder / "out").file_uris()}
+        table = self._table()
+        tasks = [] if table is None else table.scan().plan_files()
+        return {task.file.file_path.removeprefix("file://") for task in tasks}
 
     def num_versions(self) -> int:
         """Transactions that added or removed rows."""
@@ -64,6 +77,10 @@ class TableOutput:
 
             return DeltaTable(self.folder / "out").version()
         return len(self._table().metadata.snapshots)
+
+    def _parquet(self) -> pa.Table | None:
+        files = sorted(self.files())
+        return pa.concat_tables([pq.read_table(file) for file in files]) if files else None
 
     def _delta(self) -> pa.Table | None:
         from deltalake import DeltaTable

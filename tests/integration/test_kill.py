@@ -1,184 +1,105 @@
-"""SIGKILL at random moments, of the driver and of actor processes: every row exactly once, values as if undisturbed."""
+"""The kill matrix in short: every kind of process, both signals, every sink; and what a user sees of a stop.
+
+The whole of it is ``python -m dspark_batch.bench.kill_matrix``.
+"""
 
 from __future__ import annotations
 
-import contextlib
-import os
-import random
 import signal
-import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 
-from dspark_batch.batch.commit import read_output
-from dspark_batch.batch.engines import ENGINE_FACTORY_VARIABLE
-from dspark_batch.cli import run_cli
 from dspark_batch.testing.engine_factories import STEP_DELAY_VARIABLE
-from dspark_batch.testing.jobs import SCRIPTED, Job, reviews, write_job
+from dspark_batch.testing.kill_job import NUM_SHARDS, STEP_DELAY_S, KillJob, Rows, make_kill_job, undisturbed_rows
+from dspark_batch.testing.kill_runs import KillPlan, kill_run, plan_run
+from dspark_batch.testing.ray_nodes import TwoNodes, two_nodes
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(400)]
+pytest.importorskip("deltalake")
+pytest.importorskip("pyiceberg")
 
-ROOT = Path(__file__).parents[2]
-SEED = 20261123
-NUM_ROWS = 240
-ROWS_PER_SHARD = 5
-KILLS = ["driver"] * 4 + ["actor"] * 6
-STEP_DELAY_S = 0.15
-PATIENCE_S = 90.0
+pytestmark = [
+    pytest.mark.ray,
+    pytest.mark.timeout(400),
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning:ray"),
+    pytest.mark.filterwarnings("ignore::FutureWarning:ray"),
+]
 
-
-@dataclass
-class Cluster:
-    """Drivers of one job and every process that came from them, recognised by a variable in their environment."""
-
-    job: Job
-    tmp: str
-    driver: subprocess.Popen[bytes] | None = None
-    logs: list[Path] = field(default_factory=list)
-
-    def environment(self) -> dict[str, str]:
-        return {
-            **os.environ,
-            ENGINE_FACTORY_VARIABLE: SCRIPTED,
-            STEP_DELAY_VARIABLE: str(STEP_DELAY_S),
-            "RAY_TMPDIR": self.tmp,
-            "RAY_ADDRESS": "",
-        }
-
-    def start(self) -> subprocess.Popen[bytes]:
-        log = self.job.folder / f"driver{len(self.logs)}.log"
-        self.logs.append(log)
-        command = [sys.executable, str(ROOT / "jobs" / "generate.py"), self.job.write(), "engine.backend=ray"]
-        with log.open("wb") as output:
-            self.driver = subprocess.Popen(
-                command, stdout=output, stderr=output, env=self.environment(), start_new_session=True
-            )
-        return self.driver
-
-    def running_driver(self) -> subprocess.Popen[bytes]:
-        if self.driver is None or self.driver.poll() is not None:
-            return self.start()
-        return self.driver
-
-    def processes(self, *, title: str = "") -> list[int]:
-        marker = f"RAY_TMPDIR={self.tmp}".encode()
-        found = []
-        for entry in Path("/proc").iterdir():
-            if not entry.name.isdigit():
-                continue
-            with contextlib.suppress(OSError):
-                is_ours = marker in (entry / "environ").read_bytes().split(b"\0")
-                if is_ours and title in (entry / "cmdline").read_bytes().decode(errors="replace"):
-                    found.append(int(entry.name))
-        return found
-
-    def num_commits(self) -> int:
-        return len(list((self.job.out / "_dspark" / "manifest").glob("*.json")))
-
-    def last_log(self) -> str:
-        return self.logs[-1].read_text(errors="replace")[-3000:] if self.logs else ""
-
-    def end(self) -> None:
-        """Kill what is left, by id, until nothing is."""
-        deadline_s = time.monotonic() + 30
-        while (left := self.processes()) and time.monotonic() < deadline_s:
-            for pid in left:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-            time.sleep(0.2)
-        if self.driver is not None:
-            self.driver.wait(timeout=10)
-        assert not self.processes()
+CELLS = [
+    ("driver", "SIGKILL", "delta"),
+    ("driver", "SIGTERM", "parquet"),
+    ("actor", "SIGKILL", "parquet"),
+    ("actor", "SIGTERM", "iceberg"),
+    ("raylet", "SIGKILL", "iceberg"),
+    ("raylet", "SIGTERM", "delta"),
+]
 
 
-@pytest.fixture
-def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
-    monkeypatch.setenv(ENGINE_FACTORY_VARIABLE, SCRIPTED)
-    job = write_job(tmp_path, reviews(NUM_ROWS), rows_per_shard=ROWS_PER_SHARD)
-    with tempfile.TemporaryDirectory(prefix="dsk", ignore_cleanup_errors=True) as tmp:
-        cluster = Cluster(job, tmp)
-        try:
-            yield cluster
-        finally:
-            cluster.end()
+@pytest.fixture(scope="module")
+def nodes() -> Iterator[TwoNodes]:
+    with two_nodes({STEP_DELAY_VARIABLE: str(STEP_DELAY_S)}) as running:
+        yield running
 
 
-def wait_for(condition: Callable[[], bool], *, what: str, cluster: Cluster) -> None:
-    deadline_s = time.monotonic() + PATIENCE_S
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory: pytest.TempPathFactory) -> Rows:
+    return undisturbed_rows(tmp_path_factory.mktemp("undisturbed"), engine="scripted")
+
+
+def plan_of(cell: tuple[str, str, str], *, seed: int) -> KillPlan:
+    """The first drawn plan of a cell that strikes while shards are being committed."""
+    plans = (plan_run(run, seed=seed) for run in range(1000))
+    return next(
+        plan
+        for plan in plans
+        if (plan.target, plan.signal, plan.sink) == cell and 1 <= (plan.num_commits or 0) <= NUM_SHARDS - 4
+    )
+
+
+@pytest.mark.parametrize("cell", CELLS, ids="-".join)
+def test_a_job_whose_process_is_killed_ends_with_every_row_once_and_the_undisturbed_values(
+    nodes: TwoNodes, expected: Rows, tmp_path: Path, cell: tuple[str, str, str]
+) -> None:
+    record = kill_run(plan_of(cell, seed=20261123), nodes=nodes, folder=tmp_path / "job", expected=expected)
+    assert record.problem is None, record.problem
+    assert record.phase == "working"
+    assert 1 <= record.num_commits_at_kill < NUM_SHARDS
+    assert record.is_clean, record.audit
+    assert record.audit is not None
+    assert record.audit.num_rows == len(expected)
+    assert record.num_restarts == (1 if cell[0] == "driver" else 0), record.exit_codes
+
+
+def wait_for(condition: Callable[[], bool], job: KillJob) -> None:
+    deadline_s = time.monotonic() + 90
     while not condition():
-        assert time.monotonic() < deadline_s, f"waited in vain for {what}; log:\n{cluster.last_log()}"
+        assert time.monotonic() < deadline_s, job.last_log()
         time.sleep(0.02)
 
 
-def random_moment(cluster: Cluster, rng: random.Random) -> None:
-    """After some seconds of the process, or a moment after some more commits."""
-    driver = cluster.running_driver()
-    if rng.random() < 0.3:
-        time.sleep(rng.uniform(0.0, 5.0))
-        return
-    goal = cluster.num_commits() + rng.randint(1, 3)
-    wait_for(
-        lambda: cluster.num_commits() >= goal or driver.poll() is not None, what=f"{goal} commits", cluster=cluster
-    )
-    time.sleep(rng.uniform(0.0, 0.4))
+def test_a_stopped_run_says_so_and_leaves_nothing_staged(nodes: TwoNodes, tmp_path: Path) -> None:
+    job = make_kill_job(tmp_path, sink="parquet", engine="scripted", address=nodes.address)
+    command = job.start(nodes.driver())
+    wait_for(lambda: job.num_commits >= 2 or command.poll() is not None, job)
+    command.send_signal(signal.SIGTERM)
+    wait_for(lambda: command.poll() is not None, job)
+    assert command.poll() == 1
+    assert "the same command goes on from here" in job.last_log()
+    assert 2 <= job.num_commits < NUM_SHARDS
+    assert not list((job.out / "_dspark" / "staging").glob("*"))
 
 
-def kill_an_actor(cluster: Cluster, rng: random.Random) -> None:
-    actors: list[int] = []
-
-    def is_there() -> bool:
-        actors[:] = cluster.processes(title="ray::MapWorker")
-        return bool(actors)
-
-    wait_for(is_there, what="an actor", cluster=cluster)
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(rng.choice(actors), signal.SIGKILL)
-
-
-def test_a_run_killed_at_random_moments_ends_with_every_row_once_and_the_undisturbed_values(cluster: Cluster) -> None:
-    rng = random.Random(SEED)
-    kills = KILLS.copy()
-    rng.shuffle(kills)
-    plain = cluster.job.folder / "plain"
-    assert run_cli(["run", cluster.job.write(), f"output.path={plain}"]) == 0
-
-    for kind in kills:
-        random_moment(cluster, rng)
-        driver = cluster.running_driver()
-        assert driver.poll() is None, f"the run ended before its kill:\n{cluster.last_log()}"
-        if kind == "driver":
-            driver.kill()
-            driver.wait(timeout=10)
-        else:
-            kill_an_actor(cluster, rng)
-    num_before = cluster.num_commits()
-    assert 0 < num_before < NUM_ROWS // ROWS_PER_SHARD
-
-    assert cluster.running_driver().wait(timeout=PATIENCE_S * 2) == 0, cluster.last_log()
-    out = cluster.job.out
-    assert {file.name: file.read_bytes() for file in out.glob("*.parquet")} == {
-        file.name: file.read_bytes() for file in plain.glob("*.parquet")
-    }
-    assert read_output(str(out)).column("id").to_pylist() == [f"r{n}" for n in range(NUM_ROWS)]
-    assert (out / "_SUCCESS").exists()
-    assert run_cli(["run", cluster.job.write()]) == 0
-
-
-def test_sigterm_lets_running_shards_commit_and_the_same_command_goes_on(cluster: Cluster) -> None:
-    driver = cluster.start()
-    wait_for(lambda: cluster.num_commits() >= 2 or driver.poll() is not None, what="2 commits", cluster=cluster)
-    driver.terminate()
-    assert driver.wait(timeout=PATIENCE_S) == 1, cluster.last_log()
-    assert "the same command goes on from here" in cluster.last_log()
-    num_committed = cluster.num_commits()
-    assert 2 <= num_committed < NUM_ROWS // ROWS_PER_SHARD
-    assert not list((cluster.job.out / "_dspark" / "staging").glob("*"))
-    wait_for(lambda: not cluster.processes(), what="the end of Ray", cluster=cluster)
-    assert run_cli(["run", cluster.job.write()]) == 0
-    assert read_output(str(cluster.job.out)).column("id").to_pylist() == [f"r{n}" for n in range(NUM_ROWS)]
+def test_a_model_that_does_not_load_on_a_cluster_is_named_without_a_trace_of_ray(
+    nodes: TwoNodes, tmp_path: Path
+) -> None:
+    job = make_kill_job(tmp_path, sink="parquet", engine="missing", address=nodes.address)
+    command = job.start(nodes.driver())
+    wait_for(lambda: command.poll() is not None, job)
+    assert command.poll() == 1
+    assert job.last_words()[-1].endswith("no such checkpoint (scripted)")
+    assert "Traceback" not in job.last_log()
+    assert "RayTaskError" not in job.last_log()
