@@ -27,13 +27,15 @@ class ReliabilityBin:
 class PositionQuality:
     """Of the survival predicted for one draft position (0 is the first).
 
-    auc: None where all rounds ended alike. frequency: how often the prefix stood. bins: the reliability plot.
+    auc: None where all rounds ended alike. frequency: how often the prefix stood. ece_floor: the calibration error that
+    a perfect prediction shows on average over so few rounds. bins: the reliability plot.
     """
 
     position: int
     num_rounds: int
     frequency: float
     ece: float
+    ece_floor: float
     auc: float | None
     brier: float
     bins: tuple[ReliabilityBin, ...]
@@ -64,6 +66,16 @@ def expected_calibration_error(chances: Floats, happened: Bools, *, num_bins: in
     """
     gaps = np.bincount(_bin_of(chances, num_bins), weights=chances - happened, minlength=num_bins)
     return float(np.abs(gaps).sum() / max(1, len(chances)))
+
+
+def calibration_error_floor(chances: Floats, *, num_bins: int = NUM_BINS) -> float:
+    """The mean ECE of predictions that are exactly right, which is not 0 over a finite number of them.
+
+    A bin's sum of N outcomes is about normal, with the variance of its coins; a mean absolute normal deviate is
+    sqrt(2 / pi) standard deviations.
+    """
+    variance = np.bincount(_bin_of(chances, num_bins), weights=chances * (1 - chances), minlength=num_bins)
+    return float(np.sqrt(2 / np.pi * variance).sum() / max(1, len(chances)))
 
 
 def auc(scores: Floats, happened: Bools) -> float | None:
@@ -103,6 +115,7 @@ def _quality(position: int, chances: Floats, happened: Bools) -> PositionQuality
         num_rounds=len(chances),
         frequency=float(happened.mean()),
         ece=expected_calibration_error(chances, happened),
+        ece_floor=calibration_error_floor(chances),
         auc=auc(chances, happened),
         brier=brier(chances, happened),
         bins=reliability(chances, happened),

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from dspark_batch.scheduling.calibration import (
     auc,
     brier,
+    calibration_error_floor,
     expected_calibration_error,
     reliability,
     survival_quality,
@@ -80,6 +81,13 @@ def test_predictions_that_say_the_truth_have_no_error_and_constants_rank_nothing
     assert brier(chances, happened) < brier(constant, happened)
     assert auc(chances, np.ones(40_000, bool)) is None
     assert expected_calibration_error(np.zeros(0), np.zeros(0, bool)) == 0.0
+
+
+def test_the_floor_is_the_error_that_true_chances_show() -> None:
+    random = np.random.default_rng(4)
+    chances: Floats = random.random(700)
+    shown = [expected_calibration_error(chances, random.random(700) < chances) for _ in range(300)]
+    assert calibration_error_floor(chances) == pytest.approx(float(np.mean(shown)), rel=0.05)
 
 
 @pytest.mark.parametrize("seed", range(4))
