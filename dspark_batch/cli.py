@@ -87,6 +87,32 @@ def table(
     print(run_spark_table(run))
 
 
+@app.command()
+def profile(
+    config: Annotated[Path | None, typer.Argument(help="YAML file of a job; its model and speculation count.")] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, such as model.dtype=float32.")
+    ] = None,
+    target: Annotated[str | None, typer.Option(help="Target, instead of that of CONFIG.")] = None,
+    drafter: Annotated[str | None, typer.Option(help="Drafter, instead of that of CONFIG.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Write a figure (needs the report extra).")] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Measure even if this device has a table.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="The table as one JSON object, last line.")] = False,
+) -> None:
+    """Cost table of this device: what steps and drafts take, as schedule=auto uses it; measured where there is none."""
+    from dspark_batch.bench.cost_profile import profile_command
+
+    profile_command(
+        config,
+        target=target,
+        drafter=drafter,
+        overrides=overrides or [],
+        plot=plot,
+        is_fresh=fresh,
+        as_json=as_json,
+    )
+
+
 @bench_app.command("throughput")
 def bench_throughput(
     config: Annotated[Path, typer.Argument(help="YAML: model, speculation, engine, sampling; the rest is ignored.")],
@@ -122,6 +148,39 @@ def bench_lossless(context: typer.Context) -> None:
     """Token ids of many settings, compared with each other and with transformers; exit code 1 where they differ."""
     from dspark_batch.bench.lossless import command
     from dspark_batch.bench.options import run_module
+
+    raise typer.Exit(run_module(command, context.args))
+
+
+@bench_app.command(
+    "scheduler", context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False
+)
+def bench_scheduler(context: typer.Context) -> None:
+    """Plain decoding, fixed draft lengths and schedule=auto in turns: constant rows, a whole job, a mixed job."""
+    from dspark_batch.bench.options import run_module
+    from dspark_batch.bench.scheduler_command import command
+
+    raise typer.Exit(run_module(command, context.args))
+
+
+@bench_app.command(
+    "calibration", context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False
+)
+def bench_calibration(context: typer.Context) -> None:
+    """How well every acceptance estimator foretells what is accepted: ECE, AUC and Brier score by draft position."""
+    from dspark_batch.bench.calibration import command
+    from dspark_batch.bench.options import run_module
+
+    raise typer.Exit(run_module(command, context.args))
+
+
+@bench_app.command(
+    "simulate", context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False
+)
+def bench_simulate(context: typer.Context) -> None:
+    """Schedules of an 8B model on an H100 by a simulated clock, from 1 to 1,024 rows."""
+    from dspark_batch.bench.options import run_module
+    from dspark_batch.bench.simulate import command
 
     raise typer.Exit(run_module(command, context.args))
 
