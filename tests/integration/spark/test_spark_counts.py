@@ -123,6 +123,24 @@ def test_a_limit_stops_generation_early_and_the_engine_serves_the_next_query(pro
     assert generated(prompts, engine).count() == NUM_ROWS
 
 
+def test_a_cancelled_query_gives_up_what_has_not_begun_and_the_sidecar_serves_the_next(spark, prompts, engine) -> None:
+    EngineFolder.make(engine.path, max_concurrency=1, step_delay_s=0.05)
+
+    def cancel_after_some_rows() -> None:
+        while len(engine.rows()) < 3:
+            time.sleep(0.02)
+        spark.sparkContext.cancelAllJobs()
+
+    canceller = threading.Thread(target=cancel_after_some_rows)
+    canceller.start()
+    with pytest.raises(Exception, match=r"(?i)cancel"):
+        generated(prompts, engine, engine_process="sidecar").collect()
+    canceller.join()
+    assert generated(prompts, engine, engine_process="sidecar").count() == NUM_ROWS
+    assert len(engine.rows()) < 2 * NUM_ROWS
+    assert len(engine.loads()) == 1
+
+
 def test_each_python_worker_loads_one_engine_and_keeps_it_from_query_to_query(prompts, engine) -> None:
     for _ in range(3):
         assert generated(prompts.repartition(4), engine, engine_process="worker").count() == NUM_ROWS

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from pyspark.errors import AnalysisException
 
+from dspark_batch.batch.engines import ENGINE_FACTORY_VARIABLE
 from dspark_batch.errors import ConfigError
 from dspark_batch.spark import generate, generate_udf, register, register_table_function
 from dspark_batch.testing.counting_engine import EngineFolder
@@ -82,6 +83,25 @@ def test_the_table_function_gives_the_local_backends_texts(spark, reviews, modul
     )
     assert frame.columns[:4] == ["review_id", "body", "stars", "text"]
     assert texts(frame) == expected
+
+
+def test_a_real_models_texts_are_those_of_the_local_backend(
+    spark, reviews, tmp_path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Random weights, sampled, in another batch: only seed and id may decide a draw."""
+    from dspark_batch.testing.tiny import save_tiny_checkpoint
+
+    monkeypatch.delenv(ENGINE_FACTORY_VARIABLE)
+    target = save_tiny_checkpoint(tmp_path / "tiny")
+    expected = local_texts(tmp_path / "run", target=target, **HOT)
+    config = {
+        **job_values(target, **HOT),
+        "speculation": {"drafter": "suffix"},
+        "engine": {"max_concurrency": 5},
+        "spark": {"engine_process": "sidecar", "rows_per_chunk": 9},
+    }
+    assert texts(generate(reviews, config, prompt=TEMPLATE, id="review_id", num_partitions=3)) == expected
+    assert len(set(expected.values())) > 50
 
 
 def test_what_is_wrong_with_a_call_is_said_before_anything_runs(spark, reviews, module_engine) -> None:
