@@ -57,9 +57,9 @@ def cases():
     }
 
 
-@pytest.fixture
-def case(cases):
-    return cases["hot"]
+@pytest.fixture(params=SAMPLING)
+def case(request, cases):
+    return cases[request.param]
 
 
 def texts(frame) -> dict[int, str | None]:
@@ -102,8 +102,8 @@ def test_table_function(spark, reviews, case) -> None:
     assert texts(frame) == expected
 
 
-def test_run_table(spark, reviews, case) -> None:
-    engine, sampling, expected = case
+def test_run_table(spark, reviews, cases) -> None:
+    engine, sampling, expected = cases["hot"]
     staging = FOLDER / "staging"
     config = {**job_values(engine.path, **sampling), "limits": {"max_failed_fraction": 1.0}}
     try:
