@@ -66,8 +66,9 @@ def table_stats(table: pa.Table, *, num_samples: int, num_copied_rows: int) -> S
     errors = table.column("error")
     failed: dict[int, list[dict[str, Any]]] = {}
     if errors.null_count < table.num_rows:
-        places = np.flatnonzero(np.asarray(errors.is_valid()))
-        for place, error in zip(places.tolist(), errors.take(pa.array(places)).to_pylist(), strict=True):
+        places = np.flatnonzero(np.asarray(errors.is_valid())).tolist()
+        known: list[Any] = errors.drop_null().to_pylist()
+        for place, error in zip(places, known, strict=True):
             failed.setdefault(place // num_samples, []).append(error)
 
     def total(name: str) -> int:

@@ -86,7 +86,8 @@ def missing_columns(field: str, names: Sequence[str], *, schema: pa.Schema) -> l
 def result_columns(results: Sequence[Result], *, schema: RowSchema) -> list[pa.Array[Any]]:
     """The added columns of the given samples, in the order of ``schema.added``; one row per result."""
     has_errors = any(result.error is not None for result in results)
-    return [_column(field, results, generated=schema.generated, has_errors=has_errors) for field in schema.added]
+    columns = (_values(name, results, generated=schema.generated, has_errors=has_errors) for name in schema.added.names)
+    return [pa.array(values, type=kind) for values, kind in zip(columns, schema.added.types, strict=True)]
 
 
 def _added_fields(config: JobConfig) -> list[pa.Field[Any]]:
@@ -125,25 +126,22 @@ def _collisions(config: JobConfig, *, carried: Sequence[str], added: Sequence[pa
     return problems
 
 
-def _column(field: pa.Field[Any], results: Sequence[Result], *, generated: str, has_errors: bool) -> pa.Array[Any]:
+def _values(name: str, results: Sequence[Result], *, generated: str, has_errors: bool) -> list[Any]:
     """One added column. Every row passes here several times, so plain attributes are taken without a Python frame."""
-    name = field.name
     if name == generated or name == "token_ids":
         take = attrgetter("text" if name == generated else name)
         if not has_errors:
-            return pa.array(list(map(take, results)), type=field.type)
-        return pa.array([None if result.error is not None else take(result) for result in results], type=field.type)
+            return list(map(take, results))
+        return [None if result.error is not None else take(result) for result in results]
     match name:
         case "finish_reason":
-            return pa.array(list(map(attrgetter("finish_reason._value_"), results)), type=field.type)
+            return list(map(attrgetter("finish_reason._value_"), results))
         case "logprobs":
-            return pa.array([_logprobs(result) for result in results], type=field.type)
+            return [_logprobs(result) for result in results]
         case "error":
-            if not has_errors:
-                return pa.nulls(len(results), type=field.type)
-            return pa.array([_error(result) for result in results], type=field.type)
+            return [_error(result) for result in results] if has_errors else [None] * len(results)
         case _:
-            return pa.array(list(map(attrgetter(name), results)), type=field.type)
+            return list(map(attrgetter(name), results))
 
 
 def _logprobs(result: Result) -> list[dict[str, object]] | None:

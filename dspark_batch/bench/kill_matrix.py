@@ -167,14 +167,18 @@ class KillMatrix:
         from dspark_batch.testing.kill_runs import kill_run, plan_run
 
         if engine not in self._expected:
-            self._expected[engine] = undisturbed_rows(self._folder / f"undisturbed-{engine}", engine=engine)
+            self._expected[engine] = undisturbed_rows(self._new_folder(f"undisturbed-{engine}"), engine=engine)
         return kill_run(
             plan_run(number, seed=self._seed, engine=engine),
             nodes=nodes,
-            folder=self._folder / f"{engine}-{number}-{time.time_ns()}",
+            folder=self._new_folder(f"{engine}-{number}"),
             expected=self._expected[engine],
             patience_s=120.0 if engine == "scripted" else 300.0,
         )
+
+    def _new_folder(self, name: str) -> Path:
+        """One that no run before this start had either."""
+        return self._folder / f"{name}-{time.time_ns()}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
