@@ -1,4 +1,4 @@
-"""How likely drafted tokens are accepted: by draft position and row, and by the drafter's own confidence.
+"""How likely drafted tokens are accepted, by draft position and row, as counted so far.
 
 Labels are censored: of a draft of ℓ verified tokens of which n were accepted, positions 0 .. n-1 held, position n (if
 there is one) did not, and nothing is known about later ones. So only the conditional chance of a position, given the
@@ -22,9 +22,6 @@ _ROW_PRIOR = 8.0
 _PRIOR = 2.0
 _FIRST_CHANCE = 0.7
 _MAX_ROW_POWER = 4.0
-_BIN_PRIOR = 4.0
-_BOAST = 0.85
-_BIN_EDGES = np.array([0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.94, 0.97])
 
 
 def seen_slots(num_verified: Ints, num_accepted: Ints) -> tuple[Ints, Ints, NDArray[np.bool_]]:
@@ -112,29 +109,3 @@ class AcceptanceHistory:
         own = (counts[:, 0] + _ROW_PRIOR * job) / (counts[:, 1] + _ROW_PRIOR)
         powers: Floats = np.log(np.clip(own, 1e-3, 1 - 1e-3)) / math.log(job)
         return np.clip(powers, 1 / _MAX_ROW_POWER, _MAX_ROW_POWER)
-
-
-class ConfidenceScale:
-    """Maps a drafter's confidences to observed chances: counts in bins; the prior is a little below its word."""
-
-    def __init__(self) -> None:
-        self._held = np.zeros(len(_BIN_EDGES) + 1)
-        self._tried = np.zeros(len(_BIN_EDGES) + 1)
-
-    def age(self) -> None:
-        """As :meth:`AcceptanceHistory.age`."""
-        self._held *= 0.5
-        self._tried *= 0.5
-
-    def chances(self, confidence: Floats) -> Floats:
-        """[N] confidences -> [N] conditional chances."""
-        bins = np.searchsorted(_BIN_EDGES, confidence)
-        out: Floats = (self._held[bins] + _BIN_PRIOR * _BOAST * confidence) / (self._tried[bins] + _BIN_PRIOR)
-        return out
-
-    def observe(self, confidence: Floats, held: NDArray[np.bool_]) -> None:
-        """[N] confidences of tokens that were reached, and whether they held."""
-        bins = np.searchsorted(_BIN_EDGES, confidence)
-        size = len(self._tried)
-        self._held = _FORGET * self._held + np.bincount(bins, held, minlength=size)
-        self._tried = _FORGET * self._tried + np.bincount(bins, minlength=size)

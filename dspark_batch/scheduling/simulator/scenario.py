@@ -21,7 +21,7 @@ PLAIN = "plain"
 AUTO = "auto"
 THRESHOLD = "threshold"
 _FIXED = "fixed-"
-_FEWEST_ROWS = 8
+_FEWEST_ROWS = 24
 _LENGTH_SHAPE = 3.0
 _SHORTEST_OUTPUT = 8
 _PROFILED_CONTEXT = 128
@@ -30,7 +30,7 @@ _LONGEST_CONTEXT = 32_768
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scenario:
-    """A job in tokens. num_rows: None: twice the concurrency, and at least 8."""
+    """A job in tokens. num_rows: None: three times as many as the device can hold together, and at least 24."""
 
     name: str
     prompt_len: int
@@ -39,9 +39,10 @@ class Scenario:
     concurrency: int
     num_rows: int | None = None
 
-    def rows(self, *, seed: int = 0) -> list[SimulatedRow]:
+    def rows(self, device: Device, *, seed: int = 0) -> list[SimulatedRow]:
         """Rows in order of arrival; output lengths vary about the mean and end at the limit."""
-        count = self.num_rows or max(_FEWEST_ROWS, 2 * self.concurrency)
+        together = min(self.concurrency, device.num_kv_tokens // (self.prompt_len + self.max_new_tokens))
+        count = self.num_rows or max(_FEWEST_ROWS, 3 * together)
         random = np.random.default_rng(seed)
         drawn = random.gamma(_LENGTH_SHAPE, self.mean_output_len / _LENGTH_SHAPE, count)
         lengths = np.clip(drawn, _SHORTEST_OUTPUT, self.max_new_tokens).astype(int).tolist()
@@ -80,7 +81,7 @@ def run_scenario(
     Raises:
         ConfigError: an unknown schedule.
     """
-    rows = scenario.rows(seed=seed)
+    rows = scenario.rows(device, seed=seed)
     runs = {}
     for name in schedules:
         model = acceptance()

@@ -7,7 +7,7 @@ import random
 import numpy as np
 import pytest
 
-from dspark_batch.scheduling.estimator import AcceptanceHistory, ConfidenceScale
+from dspark_batch.scheduling.estimator import AcceptanceHistory
 
 
 def play(history: AcceptanceHistory, chances: list[float], *, length: int, rounds: int, handle: int = 0) -> None:
@@ -64,12 +64,3 @@ def test_offer_rates_fall_along_the_draft() -> None:
     for _ in range(200):
         history.observe_offers(np.array([3, 3]), np.array([3, 0]))
     np.testing.assert_allclose(history.offer_rates(), 0.5, atol=0.05)
-
-
-def test_a_boasting_drafter_is_corrected_where_it_boasts() -> None:
-    scale = ConfidenceScale()
-    assert scale.chances(np.array([0.9, 0.35])).tolist() == pytest.approx([0.765, 0.2975])
-    for i in range(200):
-        scale.observe(np.array([0.92, 0.35]), np.array([i % 2 == 0, i % 3 == 0]))
-    assert scale.chances(np.array([0.92]))[0] == pytest.approx(0.5, abs=0.06)
-    assert scale.chances(np.array([0.35]))[0] == pytest.approx(0.33, abs=0.06)

@@ -38,7 +38,7 @@ def at(
 
 def test_a_full_batch_of_short_rows_loses_by_a_fixed_seven_and_auto_does_not() -> None:
     """Published, 256 rows: fixed 7 at -12 % and -53 % of plain decoding, adaptive ahead of it."""
-    found = at(256)
+    found = at(256, num_rows=512)
     assert found.ratio("fixed-7", to="plain") < 0.95
     assert found.ratio("auto", to="plain") > 0.98
 
@@ -59,12 +59,14 @@ def test_long_contexts_gain_at_the_largest_batch_that_fits() -> None:
 
 
 def test_the_tail_gains_even_where_the_full_batch_does_not() -> None:
-    plain, auto = (at(256).runs[name] for name in ("plain", "auto"))
+    plain, auto = (at(256, num_rows=512).runs[name] for name in ("plain", "auto"))
     assert auto.tail_s < 0.85 * plain.tail_s
 
 
 def test_the_gain_of_a_fixed_length_falls_with_the_rows() -> None:
-    gains = [found.ratio("fixed-7", to="plain") for found in (at(2, num_rows=30), at(64, num_rows=80), at(256))]
+    gains = [
+        found.ratio("fixed-7", to="plain") for found in (at(2, num_rows=30), at(64, num_rows=80), at(256, num_rows=512))
+    ]
     assert gains == sorted(gains, reverse=True)
 
 
@@ -84,6 +86,16 @@ def test_unknown_schedules_are_refused(name: str) -> None:
 
 def test_the_same_seed_gives_the_same_rows() -> None:
     scenario = Scenario(name="x", prompt_len=3, mean_output_len=20, max_new_tokens=50, concurrency=4)
-    assert scenario.rows(seed=1) == scenario.rows(seed=1) != scenario.rows(seed=2)
-    assert len(scenario.rows()) == 8
-    assert all(1 <= row.output_len <= 50 for row in scenario.rows())
+    device = RooflineDevice()
+    assert scenario.rows(device, seed=1) == scenario.rows(device, seed=1) != scenario.rows(device, seed=2)
+    assert all(1 <= row.output_len <= 50 for row in scenario.rows(device))
+
+
+def test_a_job_has_three_times_the_rows_that_fit_together() -> None:
+    def count(concurrency: int, prompt_len: int) -> int:
+        scenario = Scenario(
+            name="x", prompt_len=prompt_len, mean_output_len=20, max_new_tokens=100, concurrency=concurrency
+        )
+        return len(scenario.rows(TableDevice({1: 1.0, 2: 1.0}, draft_call_s=0.0, num_kv_tokens=20_000)))
+
+    assert [count(1, 100), count(30, 100), count(500, 100), count(500, 1900)] == [24, 90, 300, 30]
