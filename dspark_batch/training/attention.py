@@ -18,11 +18,15 @@ _BLOCKS_AT_ONCE = {"cpu": 32, "cuda": 256}
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Part:
-    """Blocks of one row. slots, context: their places in the flat batch. mask: [slots, context + slots] to add."""
+    """Blocks of row number ``span`` that see its first ``num_tokens`` tokens. mask: [slots, tokens + slots] to add."""
 
-    slots: slice
-    context: slice
+    span: int
+    num_tokens: int
     mask: Tensor
+
+    @property
+    def num_slots(self) -> int:
+        return self.mask.shape[0]
 
 
 class PackedAttention:
@@ -33,26 +37,29 @@ class PackedAttention:
     """
 
     def __init__(self, spans: Sequence[ContextSpan], anchors: Tensor, k: Tensor, v: Tensor, *, block_size: int) -> None:
-        self._k, self._v = k, v
-        self._parts = [part for span in spans for part in _parts(span, anchors, block_size, like=k)]
+        # Split once: the gradient of a split is one copy, that of many slices as many zeroed tensors of full size.
+        sizes = [span.num_tokens for span in spans]
+        self._k, self._v = ([torch.split(layer, sizes) for layer in x.unbind(0)] for x in (k, v))
+        self._parts = [part for i, span in enumerate(spans) for part in _parts(i, span, anchors, block_size, like=k)]
+        self._num_slots = [part.num_slots for part in self._parts]
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q: [A * B, Hq, D]; k, v: [A * B, Hkv, D]; all rotated. -> [A * B, Hq * D]."""
-        return torch.cat([self._attend(layer, part, q, k, v) for part in self._parts])
+        num_copies = q.shape[1] // k.shape[1]
+        pieces = zip(self._parts, *(torch.split(x, self._num_slots) for x in (q, k, v)), strict=True)
+        out = []
+        for part, query, own_k, own_v in pieces:
+            keys = torch.cat((self._k[layer][part.span][: part.num_tokens], own_k))
+            values = torch.cat((self._v[layer][part.span][: part.num_tokens], own_v))
+            if num_copies > 1:
+                keys, values = keys.repeat_interleave(num_copies, dim=1), values.repeat_interleave(num_copies, dim=1)
+            query, keys, values = (x.transpose(0, 1).unsqueeze(0) for x in (query, keys, values))
+            y = functional.scaled_dot_product_attention(query, keys, values, attn_mask=part.mask)
+            out.append(y[0].transpose(0, 1).flatten(1))
+        return torch.cat(out)
 
-    def _attend(self, layer: int, part: _Part, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        keys, values = (
-            torch.cat((context[layer, part.context], own[part.slots])) for context, own in ((self._k, k), (self._v, v))
-        )
-        num_groups = q.shape[1] // k.shape[1]
-        if num_groups > 1:
-            keys, values = keys.repeat_interleave(num_groups, dim=1), values.repeat_interleave(num_groups, dim=1)
-        query, key, value = (x.transpose(0, 1).unsqueeze(0) for x in (q[part.slots], keys, values))
-        y = functional.scaled_dot_product_attention(query, key, value, attn_mask=part.mask)
-        return y[0].transpose(0, 1).flatten(1)
 
-
-def _parts(span: ContextSpan, anchors: Tensor, block_size: int, *, like: Tensor) -> Iterator[_Part]:
+def _parts(index: int, span: ContextSpan, anchors: Tensor, block_size: int, *, like: Tensor) -> Iterator[_Part]:
     at_once = _BLOCKS_AT_ONCE[like.device.type]
     end = span.first_block + span.num_blocks
     for first in range(span.first_block, end, at_once):
@@ -61,5 +68,4 @@ def _parts(span: ContextSpan, anchors: Tensor, block_size: int, *, like: Tensor)
         own = torch.arange(len(chosen)).repeat_interleave(block_size)
         hidden = torch.cat((torch.arange(num_tokens) >= chosen[own][:, None], own != own[:, None]), dim=1)
         mask = torch.zeros(hidden.shape, dtype=like.dtype).masked_fill_(hidden, -math.inf)
-        slots = slice(first * block_size, (first + len(chosen)) * block_size)
-        yield _Part(slots, slice(span.first_token, span.first_token + num_tokens), mask.to(like.device))
+        yield _Part(index, num_tokens, mask.to(like.device))
