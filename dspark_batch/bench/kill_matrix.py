@@ -14,7 +14,6 @@ import json
 import sys
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -83,13 +82,21 @@ def summary_table(records: Iterable[KillRecord]) -> str:
 
 
 def phase_table(records: Iterable[KillRecord]) -> str:
-    """A Markdown table: where the jobs were when their processes were killed, by target."""
-    counts = Counter((record.plan.target, record.phase) for record in records)
+    """A Markdown table: where the jobs were when the signals were sent, and whether the processes ended of them."""
     phases: tuple[Phase, ...] = ("starting", "working", "ending", "ended")
-    targets = sorted({target for target, _ in counts})
-    return _markdown(
-        ("killed", *phases), [[target, *(counts[target, phase] for phase in phases)] for target in targets]
-    )
+    groups: dict[tuple[str, str], list[KillRecord]] = {}
+    for record in records:
+        groups.setdefault((record.plan.target, record.plan.signal), []).append(record)
+    lines = [
+        [
+            *key,
+            *(sum(record.phase == phase for record in groups[key]) for phase in phases),
+            f"{sum(record.victim_ended is True for record in groups[key])} of "
+            f"{sum(record.victim_ended is not None for record in groups[key])}",
+        ]
+        for key in sorted(groups)
+    ]
+    return _markdown(("killed", "signal", *phases, "the process ended before its job"), lines)
 
 
 def problem_lines(records: Iterable[KillRecord]) -> list[str]:

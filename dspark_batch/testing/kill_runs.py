@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from dspark_batch.testing.kill_job import NUM_SHARDS, SINKS, Audit, Engine, KillJob, Rows, Sink, make_kill_job
+from dspark_batch.testing.processes import is_running
 from dspark_batch.testing.ray_nodes import ACTOR_TITLE, TwoNodes
 
 Target = Literal["driver", "actor", "raylet"]
@@ -61,6 +62,8 @@ class KillRecord:
     elapsed_s: float
     audit: Audit | None
     problem: str | None
+    victim_ended: bool | None = None
+    """Whether the process that got the signal ended before the job did; None where no signal was sent."""
 
     @property
     def is_hit(self) -> bool:
@@ -125,6 +128,7 @@ def kill_run(plan: KillPlan, *, nodes: TwoNodes, folder: Path, expected: Rows, p
         elapsed_s=round(time.monotonic() - started_s, 2),
         audit=audit,
         problem=problem,
+        victim_ended=run.victim_ended,
     )
     if record.is_clean:
         shutil.rmtree(folder)
@@ -142,6 +146,8 @@ class _Run:
         self.phase: Phase = "ended"
         self.num_commits_at_kill = 0
         self.exit_codes: list[int] = []
+        self.victim_ended: bool | None = None
+        self._victim: int | None = None
 
     def prepare(self) -> None:
         """Wait until both nodes are up and nothing is left of the run before."""
@@ -157,23 +163,23 @@ class _Run:
         actors = self._nodes.processes(title=ACTOR_TITLE)
         self.num_commits_at_kill = self._job.num_commits
         self.phase = self._phase_now(has_actors=bool(actors))
-        if self.phase == "ended":
-            return
-        if self._plan.target == "driver":
-            self._job.command.send_signal(number)
+        if self.phase == "ended" or (self._plan.target == "actor" and not actors):
+            self.phase = "ended"
         elif self._plan.target == "raylet":
             self._nodes.strike_second_raylet(number)
             self._nodes.restore_second()
-        elif actors:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(random.Random(self._plan.run).choice(sorted(actors)), number)
+            self.victim_ended = True
         else:
-            self.phase = "ended"
+            is_driver = self._plan.target == "driver"
+            self._victim = self._job.command.driver.process.pid if is_driver else min(actors)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self._victim, number)
+            self.victim_ended = False
 
     def to_the_end(self) -> None:
         """Give the same command again until it ends well. Raises StuckError."""
         while True:
-            self._wait_for(self._has_ended, what="the driver to end")
+            self._wait_for(self._has_ended_by_now, what="the driver to end")
             self.exit_codes.append(self._job.command.poll() or 0)
             if self.exit_codes[-1] == 0:
                 break
@@ -193,6 +199,12 @@ class _Run:
 
     def _has_ended(self) -> bool:
         return self._job.command.poll() is not None
+
+    def _has_ended_by_now(self) -> bool:
+        """Also looks after the process that got the signal."""
+        if self.victim_ended is False and self._victim is not None:
+            self.victim_ended = not is_running(self._victim)
+        return self._has_ended()
 
     def _reached_moment(self) -> bool:
         """Wait for it; False where the driver ended before."""

@@ -129,7 +129,7 @@ def test_the_report_counts_by_cell_and_names_what_went_wrong() -> None:
     assert len(problem_lines(bad)) == 2
     assert "num_lost=2" in report(bad)
     assert "No row was lost" not in report(bad)
-    assert sum(int(line.split("|")[5]) for line in phase_table(bad).splitlines()[2:]) == 1
+    assert sum(int(line.split("|")[6]) for line in phase_table(bad).splitlines()[2:]) == 1
 
 
 def test_a_file_with_runs_is_only_continued_on_request(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
