@@ -41,6 +41,7 @@ AUTO = "auto"
 BUILT_IN_PROMPTS = Path(__file__).parents[2] / "configs" / "data" / "schedule_prompts.jsonl"
 _NUM_BUILT_IN_CHATS = 32
 _CHEAP_CONCURRENCY = 8
+_SHORT = SamplingParams(max_new_tokens=8, ignore_eos=True)
 _LENGTH_CYCLE = (0.25, 1.0, 0.5, 1.5, 0.25, 3.0, 0.5, 1.0)
 """Output lengths of a job's rows, as shares of ``max_new_tokens``; their mean is 1."""
 
@@ -49,7 +50,7 @@ _LENGTH_CYCLE = (0.25, 1.0, 0.5, 1.5, 0.25, 3.0, 0.5, 1.0)
 class Plan:
     """What to run. prompts: None: the built-in set. Concurrencies of up to 8 are cheap and run twice per repeat.
 
-    job_rows: rows of the two jobs, which ``has_jobs`` leaves out; None: three times their concurrency. warm_up_s:
+    job_rows: rows of the two jobs, which ``has_jobs`` leaves out; None: twice their concurrency. warm_up_s:
     decoding by which auto learns each concurrency before it is measured. cold: see the module.
     """
 
@@ -58,7 +59,7 @@ class Plan:
     concurrencies: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)
     lengths: tuple[int, ...] = (1, 2, 3, 5, 7)
     repeats: int = 3
-    max_new_tokens: int = 48
+    max_new_tokens: int = 32
     job_concurrency: int = 16
     job_rows: int | None = None
     has_jobs: bool = True
@@ -75,7 +76,7 @@ class Plan:
 
     @property
     def num_job_rows(self) -> int:
-        return self.job_rows or 3 * self.job_concurrency
+        return self.job_rows or 2 * self.job_concurrency
 
     def repeats_at(self, concurrency: int) -> int:
         return self.repeats * (2 if concurrency <= _CHEAP_CONCURRENCY else 1)
@@ -202,9 +203,10 @@ class _Bench:
         return self._compare(str(concurrency), concurrency, repeats, lasting)
 
     def _warm_up(self, concurrency: int, requests: Sequence[Request], lasting: LastingPolicy | None) -> None:
-        """Runs that do not count: one of each setting for caches and kernels, more of auto for what it has to learn."""
+        """Runs that do not count: a short one of each setting for kernels, more of auto for what it has to learn."""
+        short = with_sampling(list(requests), _SHORT, first=0, count=len(requests))
         for setting in self._plan.settings:
-            self._run(setting, concurrency, requests, lasting)
+            self._run(setting, concurrency, short, lasting)
         spent_s = 0.0
         while lasting is not None and spent_s < self._plan.warm_up_s:
             spent_s += self._run(AUTO, concurrency, requests, lasting).wall_s

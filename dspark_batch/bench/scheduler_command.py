@@ -40,14 +40,14 @@ def command(
         str, typer.Option(help="Fixed draft lengths, comma-separated; plain decoding is 0.")
     ] = "1,2,3,5,7",
     repeats: Repeats = 3,
-    max_new_tokens: MaxNewTokens = 48,
+    max_new_tokens: MaxNewTokens = 32,
     target: Target = DEFAULT_TARGET,
     dtype: Dtype = "auto",
     drafter: Annotated[str, typer.Option(help="Of all settings but plain decoding.")] = "auto",
     drafter_path: Annotated[str | None, typer.Option(help="Checkpoint of a dspark or draft_model drafter.")] = None,
     threads: Threads = None,
     job_concurrency: Annotated[int, typer.Option(min=1, help="Rows decoded together in the two jobs.")] = 16,
-    job_rows: Annotated[int | None, typer.Option(min=1, help="Default: three times the jobs' concurrency.")] = None,
+    job_rows: Annotated[int | None, typer.Option(min=1, help="Default: twice the jobs' concurrency.")] = None,
     no_jobs: Annotated[bool, typer.Option("--no-jobs", help="Leave the whole job and the mixed job out.")] = False,
     warm_up_s: Annotated[float, typer.Option(min=0, help="Seconds in which auto learns each concurrency.")] = 6.0,
     cold: Annotated[

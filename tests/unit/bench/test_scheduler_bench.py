@@ -64,7 +64,7 @@ def test_the_command_ends_with_one_object_of_points_job_and_mixed(
         assert comparison["runs"]["plain"][0]["num_drafted_tokens"] == 0
     assert sum(run["num_drafted_tokens"] for name in ("job", "mixed") for run in found[name]["runs"]["2"]) > 0
     assert len(found["points"][0]["runs"]["auto"]) == 2
-    assert found["job"]["num_rows"] == 6
+    assert found["job"]["num_rows"] == 4
     assert {"versions", "device", "commit", "plan"} <= found.keys()
 
 
