@@ -35,6 +35,7 @@ CausalRule = Literal["early_stop", "lagged"]
 
 _ASK_AGAIN_EVERY = 32
 _PROBED_SHARE = 8
+_HARDLY_DEARER = 1.5
 _CHEAP_ROUND = 1.2
 _PROMISING = 0.02
 _SHORT_DRAFT_TOKENS = 4
@@ -200,15 +201,18 @@ class AutoLength:
         longest = int(limits.max())
         plain_s = self._plain_s(load)
         count = max(1, num_rows // _PROBED_SHARE)
-        if self.draft_cost.is_known and self.draft_cost.seconds(num_rows, longest) < CHEAP_DRAFT * plain_s:
-            count = num_rows
+        has_free_labels = self._may_use_draft and self._sees_tokens
+        if has_free_labels and self.draft_cost.is_known:
+            all_s, few_s = (self.draft_cost.seconds(n, longest) for n in (num_rows, count))
+            if all_s < max(CHEAP_DRAFT * plain_s, _HARDLY_DEARER * few_s):
+                count = num_rows
         chosen = np.roll(able, -(self._num_probes * count) % len(able))[:count]
         self._num_probes += 1
         if self._gates[num_rows.bit_length()].is_stale:
             self._model.age()
         lengths = np.zeros_like(limits)
         lengths[chosen] = limits[chosen]
-        if not (self._may_use_draft and self._sees_tokens):
+        if not has_free_labels:
             # Without labels from emitted tokens, what is drafted is verified to learn from it.
             lengths = np.minimum(lengths, _SHORT_DRAFT_TOKENS)
         return lengths

@@ -125,31 +125,47 @@ class CostSurface:
             self._contexts.append(context)
             self._rows.append(rows)
             self._curves.append(curves)
+        self._knots = [np.unique(np.concatenate([c.tokens for c in curves])) for curves in self._curves]
+        self._lines: dict[tuple[int, int], _Curve] = {}
+        self._gaps: dict[tuple[int, int], tuple[Floats, Floats]] = {}
 
-    def seconds(self, num_tokens: Floats, *, num_rows: float, context_tokens: float) -> Floats:
+    def seconds(self, num_tokens: Floats, *, num_rows: int, context_tokens: float) -> Floats:
         """[N] rising flat tokens of ``num_rows`` rows with a mean context of so many tokens -> [N] seconds."""
         last = len(self._contexts) - 1
         low = min(max(bisect_right(self._contexts, context_tokens) - 1, 0), max(last - 1, 0))
-        at_low = self._at_context(low, num_tokens, num_rows)
-        if low == last:
+        at_low = self._line(low, num_rows)(num_tokens)
+        if low == last or context_tokens <= self._contexts[low]:
             return at_low
         width = self._contexts[low + 1] - self._contexts[low]
-        share = max(0.0, (context_tokens - self._contexts[low]) / width)
+        share = (context_tokens - self._contexts[low]) / width
         # A longer context is measured at fewer sizes: there the difference counts, the stairs are those of the first.
-        more: Floats = np.maximum(0.0, self._difference(low, num_tokens, num_rows))
-        both: Floats = np.maximum.accumulate(at_low + share * more)
-        return both
-
-    def _difference(self, low: int, num_tokens: Floats, num_rows: float) -> Floats:
-        """Seconds that the next context costs more; beyond its largest number of rows in proportion to the rows."""
         most = self._rows[low + 1][-1]
         scale = max(1.0, num_rows / most)
-        rows = min(num_rows, most)
-        at = np.maximum(num_tokens / scale, rows)
-        knots = np.unique(np.concatenate([curve.tokens for curve in self._curves[low + 1]]))
-        high = self._at_context(low + 1, knots, rows)
-        gap: Floats = np.interp(at, knots, high - self._at_context(low, knots, rows))
-        return gap * scale
+        more = self._difference(low, min(num_rows, most))
+        gap = scale * np.maximum(0.0, more(num_tokens / scale if scale > 1.0 else num_tokens))
+        both: Floats = np.maximum.accumulate(at_low + share * gap)
+        return both
+
+    def _line(self, index: int, num_rows: int) -> _Curve:
+        """The cost at one context and number of rows, remembered: all its corners, and the slope beyond them."""
+        found = self._lines.get((index, num_rows))
+        if found is None:
+            knots = self._knots[index]
+            knots = np.append(knots[knots > num_rows], 2 * max(float(knots[-1]), num_rows))
+            knots = np.concatenate([[float(num_rows)], knots])
+            found = _Curve(knots, self._at_context(index, knots, num_rows), reach=1)
+            self._lines[index, num_rows] = found
+        return found
+
+    def _difference(self, low: int, num_rows: int) -> Callable[[Floats], Floats]:
+        """Seconds that the next context costs more, by flat tokens."""
+        found = self._gaps.get((low, num_rows))
+        if found is None:
+            knots = np.maximum(self._knots[low + 1], num_rows)
+            gap = self._at_context(low + 1, knots, num_rows) - self._at_context(low, knots, num_rows)
+            found = self._gaps[low, num_rows] = (knots, gap)
+        knots, gap = found
+        return lambda num_tokens: np.interp(num_tokens, knots, gap)
 
     def _at_context(self, index: int, num_tokens: Floats, num_rows: float) -> Floats:
         rows, curves = self._rows[index], self._curves[index]
@@ -170,17 +186,20 @@ class CostSurface:
 class _Curve:
     """Nondecreasing, through the points that a weighted fit allows; linear in between and beyond."""
 
-    def __init__(self, tokens: Sequence[int] | Floats, seconds: Sequence[float] | Floats) -> None:
+    def __init__(self, tokens: Sequence[int] | Floats, seconds: Sequence[float] | Floats, *, reach: int = 0) -> None:
+        """reach: points that the slope beyond the last one spans; 0: an octave, since two may lie on one stair."""
         self.tokens: Floats = np.asarray(tokens, np.float64)
         times: Floats = np.asarray(seconds, np.float64)
         self._seconds = monotone(times, np.ones(len(times)))
         # Without a second point a step grows with its tokens, as a saturated device would have it.
         self._slope = float(self._seconds[0] / self.tokens[0])
         if len(self.tokens) > 1:
-            # Over the last octave rather than the last two points, which may lie on one stair.
-            half = int(np.searchsorted(self.tokens, self.tokens[-1] / 2))
-            half = min(half, len(self.tokens) - 2)
-            self._slope = float((self._seconds[-1] - self._seconds[half]) / (self.tokens[-1] - self.tokens[half]))
+            first = (
+                int(np.searchsorted(self.tokens, self.tokens[-1] / 2)) if not reach else len(self.tokens) - 1 - reach
+            )
+            first = min(first, len(self.tokens) - 2)
+            run = float(self.tokens[-1] - self.tokens[first])
+            self._slope = float(self._seconds[-1] - self._seconds[first]) / run
 
     def __call__(self, num_tokens: Floats) -> Floats:
         inside: Floats = np.interp(num_tokens, self.tokens, self._seconds)
