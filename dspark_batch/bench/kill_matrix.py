@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 RUNS_PER_CLUSTER = 54
 """A cluster is replaced after so many runs, so that what it remembers of ended jobs does not slow the later ones."""
+MAX_CLUSTER_FAILURES = 3
+"""In a row, before the command gives up."""
 PAUSE_POLL_S = 2.0
 COLUMNS = (
     "engine",
@@ -156,18 +158,26 @@ class KillMatrix:
         from dspark_batch.testing.ray_nodes import two_nodes
 
         waiting = list(todo)
+        num_failures = 0
         while waiting:
             _wait_while(pause_file)
-            with two_nodes({STEP_DELAY_VARIABLE: str(STEP_DELAY_S)}) as nodes:
-                for place in range(min(RUNS_PER_CLUSTER, len(waiting))):
-                    if place:
-                        _wait_while(pause_file)
-                    engine, number = waiting.pop(0)
-                    record = self._once(engine, number, nodes=nodes)
-                    append_record(records, record)
-                    self._tell(_line(record, num_left=len(waiting)))
-                    if record.problem is not None:
-                        break
+            try:
+                with two_nodes({STEP_DELAY_VARIABLE: str(STEP_DELAY_S)}) as nodes:
+                    for place in range(min(RUNS_PER_CLUSTER, len(waiting))):
+                        if place:
+                            _wait_while(pause_file)
+                        record = self._once(*waiting[0], nodes=nodes)
+                        append_record(records, record)
+                        waiting.pop(0)
+                        self._tell(_line(record, num_left=len(waiting)))
+                        if record.problem is not None:
+                            break
+                    num_failures = 0
+            except Exception as error:
+                num_failures += 1
+                self._tell(f"the cluster failed, another one is tried: {type(error).__name__}: {error}")
+                if num_failures == MAX_CLUSTER_FAILURES:
+                    raise
 
     def _once(self, engine: Engine, number: int, *, nodes: TwoNodes) -> KillRecord:
         from dspark_batch.testing.kill_job import undisturbed_rows

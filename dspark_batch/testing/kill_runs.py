@@ -103,14 +103,15 @@ def plan_run(run: int, *, seed: int, engine: Engine = "scripted") -> KillPlan:
 def kill_run(plan: KillPlan, *, nodes: TwoNodes, folder: Path, expected: Rows, patience_s: float = 120.0) -> KillRecord:
     """Carry out a plan in a folder of its own, which is removed where all went well.
 
-    Never raises for what the job does: that is the record's ``problem``.
+    Raises what goes wrong with the cluster before the job begins; what goes wrong with the job is the record's
+    ``problem``.
     """
     started_s = time.monotonic()
     job = make_kill_job(folder, sink=plan.sink, engine=plan.engine, address=nodes.address, num_actors=plan.num_actors)
     run = _Run(plan, job=job, nodes=nodes, deadline_s=started_s + patience_s)
     audit, problem = None, None
+    run.prepare()
     try:
-        run.prepare()
         run.strike()
         run.to_the_end()
         audit = job.audit(expected)
@@ -167,8 +168,10 @@ class _Run:
             self.phase = "ended"
         elif self._plan.target == "raylet":
             self._nodes.strike_second_raylet(number)
-            self._nodes.restore_second()
             self.victim_ended = True
+            # On a busy machine Ray may not bring a node up in time; the job does without it, the next run waits for it.
+            with contextlib.suppress(Exception):
+                self._nodes.restore_second()
         else:
             is_driver = self._plan.target == "driver"
             self._victim = self._job.command.driver.process.pid if is_driver else min(actors)

@@ -76,10 +76,15 @@ class TwoNodes:
         return self._driver
 
     def restore_second(self) -> None:
-        """A new second node in the place of one whose raylet is gone; nothing where it lives. Waits until it is up."""
-        if self._raylet().poll() is None:
+        """A new second node in the place of one whose raylet is gone; nothing where it lives. Waits until it is up.
+
+        Raises what Ray raises where it does not come up.
+        """
+        if self._second is not None and self._raylet().poll() is None:
             return
-        self._cluster.remove_node(self._second, allow_graceful=False)
+        if self._second is not None:
+            self._cluster.remove_node(self._second, allow_graceful=False)
+            self._second = None
         self._second = self._cluster.add_node(**self._node_args)
 
     def processes(self, *, title: str = "") -> list[int]:
