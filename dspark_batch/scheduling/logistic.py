@@ -17,6 +17,11 @@ Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]
 
+_PREDECESSOR_WEIGHT = 0.2
+"""Of each earlier signal of the same draft in the x of a position. Rows and places differ in ease, and a noisy signal
+does not say all of it: without its predecessors, products of chances are too low for easy drafts and too high for hard
+ones."""
+
 _MEMORY_LABELS = 4000.0
 """Labels that a position remembers; older ones fade."""
 
@@ -59,6 +64,9 @@ CONFIDENCE = Signal(_logit, tuple(np.linspace(-4.0, 6.0, 21).tolist()), bias=-0.
 class PositionLogistic:
     """P(position k holds | those before it hold) = sigmoid(bias_k + slope_k x), for K positions.
 
+    x is the mean of the transformed signals up to k, the earlier ones of the same draft with a small weight; so it
+    depends on nothing after k. Flat arrays hold one draft after the other, positions rising by one within each.
+
     Labels are counted in bins of x, so a fit costs the same however many there were. A position with few labels leans
     on the fit over all positions, and that on the signal's prior.
     """
@@ -78,14 +86,14 @@ class PositionLogistic:
         due = max(_LABELS_PER_FIT, _GROWTH_PER_FIT * float(self._tried.sum()))
         if self._num_since_fit >= due:
             self.fit()
-        x = self._signal.transform(signal)
+        x = with_predecessors(self._signal.transform(signal), position)
         return _sigmoid(self._curves[position, 0] + self._curves[position, 1] * x)
 
     def observe(self, signal: Floats, position: Ints, held: Bools) -> None:
         """[N] signals of tokens that were reached (verified, and all before them held), and whether they held."""
         if not len(signal):
             return
-        x = self._signal.transform(signal)
+        x = with_predecessors(self._signal.transform(signal), position)
         num_positions, num_bins = self._tried.shape
         flat = position * num_bins + np.searchsorted(self._edges, x)
         size = num_positions * num_bins
@@ -115,6 +123,19 @@ class PositionLogistic:
     def curves(self) -> Floats:
         """[K, 2]: bias and slope of each position."""
         return self._curves
+
+
+def with_predecessors(x: Floats, position: Ints) -> Floats:
+    """[N] -> [N] means of each x and, less weighty, of those before it in the same run of rising positions."""
+    if not len(x):
+        return x
+    is_first = np.diff(position, prepend=position[0]) != 1
+    first = np.maximum.accumulate(np.where(is_first, np.arange(len(x)), 0))
+    before = np.cumsum(x) - x
+    before -= before[first]
+    weight = _PREDECESSOR_WEIGHT * (np.arange(len(x)) - first)
+    out: Floats = (x + _PREDECESSOR_WEIGHT * before) / (1.0 + weight)
+    return out
 
 
 def fit_curves(tried: Floats, held: Floats, sum_x: Floats, *, prior: Floats, weight: float, start: Floats) -> Floats:
