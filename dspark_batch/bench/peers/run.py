@@ -39,7 +39,8 @@ from dspark_batch.bench.peers import environments
 from dspark_batch.provenance import versions
 
 HERE = Path(__file__).parent
-BASELINE = "vllm"
+_BASELINES = ("vllm", "transformers")
+"""Ratios are to the first of these that runs."""
 
 _SETUPS: dict[str, tuple[str, dict[str, Any]]] = {
     "transformers": ("transformers", {}),
@@ -145,11 +146,16 @@ def load_workload(model: Path, prompts: Path, max_new_tokens: int) -> Workload:
 def table(peers: Sequence[Peer], concurrencies: Sequence[int]) -> str:
     """Markdown: median tokens per second, and in brackets the median ratio to the baseline."""
     lines = ["| engine | " + " | ".join(str(c) for c in concurrencies) + " |", "|---" * (len(concurrencies) + 1) + "|"]
-    baseline = next((peer for peer in peers if peer.name == BASELINE), None)
+    baseline = _baseline(peers)
     for peer in peers:
         cells = [_cell(peer, baseline, concurrency) for concurrency in concurrencies]
         lines.append(f"| {peer.name} ({peer.version}) | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def _baseline(peers: Sequence[Peer]) -> Peer | None:
+    by_name = {peer.name: peer for peer in peers}
+    return next((by_name[name] for name in _BASELINES if name in by_name), None)
 
 
 def _cell(peer: Peer, baseline: Peer | None, concurrency: int) -> str:
@@ -224,11 +230,12 @@ def _report(
     peers: Sequence[Peer], concurrencies: Sequence[int], workload: Workload, repeats: int, dtype: str, threads: int
 ) -> str:
     used = ", ".join(f"{name} {version}" for name, version in sorted(versions().items()))
+    baseline = _baseline(peers)
+    ratios = "" if baseline is None else f"; in brackets the median ratio to {baseline.name}"
     return (
         f"{table(peers, concurrencies)}\n\n"
-        f"Emitted tokens per second over the whole call, median of {repeats} interleaved repeats; in brackets the "
-        f"median ratio to {BASELINE}; {workload.max_new_tokens} new tokens at most, greedy, {dtype}, {threads} threads,"
-        f" versions: {used}.\n"
+        f"Emitted tokens per second over the whole call, median of {repeats} interleaved repeats{ratios}; "
+        f"{workload.max_new_tokens} new tokens at most, greedy, {dtype}, {threads} threads, versions: {used}.\n"
     )
 
 
