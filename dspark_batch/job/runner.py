@@ -147,10 +147,9 @@ def _backend(run: PreparedRun, *, num_shards: int, retry_failed: bool) -> Iterat
 
 @contextmanager
 def _ray_backend(run: PreparedRun, spec: WorkerSpec) -> Iterator[Backend]:
-    from dspark_batch.ray_data.environment import cluster_address, prepare_local_environment
+    from dspark_batch.ray_data.environment import cluster_address, prepare_driver_environment
 
-    if cluster_address(run.config.ray.address) is None:
-        prepare_local_environment()
+    prepare_driver_environment(cluster_address(run.config.ray.address))
     from dspark_batch.ray_data.cluster import ray_session
     from dspark_batch.ray_data.pipeline import RayBackend
 

@@ -47,13 +47,15 @@ class ShardActor:
 
     def __init__(self, spec: WorkerSpec, *, shards_in_flight: int, num_threads: int, control: Any) -> None:
         self._control = control
+        self._executor: ShardExecutor | None = None
         if not ray.get(control.begin_worker.remote()):
-            raise EngineError("not started: the starts before came to nothing")
+            return
         try:
             self._executor = ShardExecutor(replace(spec, num_threads=num_threads, owns_process=True))
         except Exception as error:
+            # Not raised: Ray would print a trace of its own. The driver raises it, and no shard begins here.
             ray.get(control.fail.remote(Failure.of(error)))
-            raise
+            return
         ray.get(control.note_loaded.remote())
         self._name = f"{ray.get_runtime_context().get_node_id()}/{os.getpid()}"
         self._metrics = ActorMetrics(
@@ -67,11 +69,12 @@ class ShardActor:
         return pa.table([[pickle.dumps(entry) for entry in entries if entry is not None]], schema=ENTRY_SCHEMA)
 
     async def _run(self, shard: Shard) -> ManifestEntry | None:
-        if not await self._control.begin_shard.remote():
+        executor = self._executor
+        if executor is None or not await self._control.begin_shard.remote():
             return None
         loop = asyncio.get_running_loop()
         try:
-            entry = await loop.run_in_executor(self._threads, self._executor.run, shard)
+            entry = await loop.run_in_executor(self._threads, executor.run, shard)
         except EngineError as error:
             await self._end_process(error)
             raise
@@ -87,6 +90,7 @@ class ShardActor:
         return entry
 
     def _tell_live(self) -> None:
+        assert self._executor is not None, "told by an actor that works"
         next_metrics_s = time.monotonic()
         while True:
             self._control.note_live.remote(self._name, self._executor.live())

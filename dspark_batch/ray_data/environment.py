@@ -12,6 +12,11 @@ LOCAL_SETTINGS = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
 
+DRIVER_SETTINGS = {
+    # A thread that outlives the run must not make Ray join or start another cluster.
+    "RAY_ENABLE_AUTO_CONNECT": "0",
+}
+
 
 def cluster_address(configured: str | None) -> str | None:
     """The cluster to join: the configured one, else ``RAY_ADDRESS`` (set inside ``ray job submit``), else None."""
@@ -22,3 +27,11 @@ def prepare_local_environment() -> None:
     """Settings of a Ray that this process starts: loopback only, no telemetry, quiet. Variables already set stay."""
     for name, value in LOCAL_SETTINGS.items():
         os.environ.setdefault(name, value)
+
+
+def prepare_driver_environment(address: str | None) -> None:
+    """Settings of a driver that joins ``address``, or starts a Ray of its own. Variables already set stay."""
+    for name, value in DRIVER_SETTINGS.items():
+        os.environ.setdefault(name, value)
+    if address is None:
+        prepare_local_environment()

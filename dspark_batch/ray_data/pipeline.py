@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 import queue
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
     from dspark_batch.batch.shards import Shard
 
 TICK_S = 0.2
+DRAIN_S = 10.0
+"""How long a job that failed waits for the shards that still run before it says so."""
 
 
 class RayBackend:
@@ -50,13 +53,11 @@ class RayBackend:
         """
         records = _records(self._dataset(shards))
         for record in records:
-            status: Status = ray.get(self._control.status.remote())
-            self._live = status.live
-            if status.failure is not None:
-                raise _as_error(status.failure)
+            self._raise_failure(iter(()) if isinstance(record, BaseException) else records)
             if isinstance(record, BaseException):
                 raise EngineError(f"Ray ended the run: {_root_message(record)}") from record
             yield record
+        self._raise_failure(records)
 
     def live(self) -> LiveCounts:
         """What the engines of all actors have produced so far, committed or not."""
@@ -65,6 +66,19 @@ class RayBackend:
     def stop(self) -> None:
         """Begin no further shard. Those that run go on to their commit."""
         ray.get(self._control.stop.remote())
+
+    def _raise_failure(self, records: Iterator[ManifestEntry | BaseException | None]) -> None:
+        """Raise what ended the job. The stream is let run out before, as no further shard begins: Ray's threads would
+        complain about a shutdown under their feet."""
+        status: Status = ray.get(self._control.status.remote())
+        self._live = status.live
+        if status.failure is None:
+            return
+        end_s = time.monotonic() + DRAIN_S
+        for record in records:
+            if isinstance(record, BaseException) or time.monotonic() > end_s:
+                break
+        raise _as_error(status.failure)
 
     def _dataset(self, shards: Sequence[Shard]) -> Dataset:
         _configure(DataContext.get_current(), section=self._section)

@@ -86,6 +86,9 @@ class Command:
 
 def serve(address: str) -> int:
     """Run commands until one does not end with 0, or there are no more; its exit code."""
+    from dspark_batch.ray_data.environment import prepare_driver_environment
+
+    prepare_driver_environment(address)
     import ray
     import ray.data
 
