@@ -26,8 +26,9 @@ from dspark_batch.training.sequences import read_rows, rows_with_prompts, token_
 CONFIGS = Path(__file__).parents[3] / "configs"
 
 
-def test_the_shipped_config_is_valid_and_takes_overrides() -> None:
-    config = load_train_config(CONFIGS / "train_smollm2.yaml", overrides=["optimize.num_steps=7", "output=elsewhere"])
+@pytest.mark.parametrize("name", ["train_smollm2.yaml", "train_smollm2_cpu.yaml"])
+def test_shipped_configs_are_valid_and_take_overrides(name: str) -> None:
+    config = load_train_config(CONFIGS / name, overrides=["optimize.num_steps=7", "output=elsewhere"])
     assert (config.optimize.num_steps, config.output) == (7, "elsewhere")
     assert config.engine_config().drafter == "none"
 
