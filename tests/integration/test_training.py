@@ -211,9 +211,9 @@ def test_a_drafter_trained_on_one_jobs_output_does_better_on_the_next_job(tmp_pa
         next_job=job_of(tmp_path, "next", prompts[100:]),
         output=tmp_path / "nightly",
         drafter=tmp_path / "out" / "drafter",
-        num_steps=100,
+        num_steps=150,
         anchors_per_step=128,
-        learning_rate=1e-2,
+        learning_rate=4e-3,
         num_prompts=16,
     )
     found = compare_nights(nights)

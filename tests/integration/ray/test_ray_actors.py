@@ -162,9 +162,8 @@ def test_rows_tokens_and_load_are_on_the_prometheus_endpoint_of_the_node(make_ra
     values = {}
     for line in scraper.text.splitlines():
         name, _, rest = line.partition("{")
-        if name in names:
+        if name in names and f'model="{folder.path}"' in rest:  # the node still tells of earlier runs
             assert all(f'{tag}="' in rest for tag in TAGS)
-            assert f'model="{folder.path}"' in rest
             values[name] = float(rest.rpartition(" ")[2])
     assert set(values) == set(names)
     assert values["ray_dspark_batch_shard_commits_total"] < values["ray_dspark_batch_rows_total"] <= 200

@@ -124,7 +124,7 @@ def test_a_limit_stops_generation_early_and_the_engine_serves_the_next_query(pro
 
 
 def test_a_cancelled_query_gives_up_what_has_not_begun_and_the_sidecar_serves_the_next(spark, prompts, engine) -> None:
-    EngineFolder.make(engine.path, max_concurrency=1, step_delay_s=0.05)
+    EngineFolder.make(engine.path, max_concurrency=1, step_delay_s=0.1)
 
     def cancel_after_some_rows() -> None:
         while len(engine.rows()) < 3:

@@ -205,7 +205,7 @@ def test_a_checkpoint_drafts_for_its_own_target_and_changes_nothing(tmp_path: Pa
         for i, p in enumerate(prompts)
     ]
     outputs = []
-    for extra in ({"drafter": "none"}, {"drafter": "draft_model", "drafter_path": str(target)}):
+    for extra in ({"drafter": "none"}, {"drafter": "draft_model", "drafter_path": str(target), "schedule": "fixed"}):
         with BatchEngine.from_config(EngineConfig.model_validate({**common, **extra})) as engine:
             outputs.append({r.id: r for r in engine.generate(jobs)})
     assert {i: r.token_ids for i, r in outputs[0].items()} == {i: r.token_ids for i, r in outputs[1].items()}
