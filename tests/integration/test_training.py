@@ -16,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from dspark_batch.batch.engines import ENGINE_FACTORY_VARIABLE
 from dspark_batch.bench.nightly import Nights, compare_nights
 from dspark_batch.drafters.dspark.checkpoint import read_config
 from dspark_batch.errors import ConfigError, OutputError
@@ -202,7 +203,10 @@ def job_of(folder: Path, name: str, prompts: list[list[int]]) -> Path:
     return file
 
 
-def test_a_drafter_trained_on_one_jobs_output_does_better_on_the_next_job(tmp_path: Path) -> None:
+def test_a_drafter_trained_on_one_jobs_output_does_better_on_the_next_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(ENGINE_FACTORY_VARIABLE, raising=False)  # Spark sessions of other tests keep theirs
     values = training_values(tmp_path, num_steps=1, learning_rate=1e-9)
     run_training(config(values), last_stage="train")
     prompts = np.random.default_rng(7).integers(0, NUM_TOKENS - 1, (120, 5)).tolist()
