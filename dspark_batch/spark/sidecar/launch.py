@@ -29,12 +29,13 @@ BACKLOG = 128
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SidecarSettings:
-    """What a sidecar reads from its standard input, as JSON."""
+    """What a sidecar reads from its standard input, as JSON. owner_pid: it ends when this process has ended."""
 
     config: EngineConfig
     factory: str | None
     idle_s: float | None
     socket_path: str
+    owner_pid: int
 
     @classmethod
     def of(cls, spec: EngineSpec, *, place: SidecarPlace) -> SidecarSettings:
@@ -43,6 +44,7 @@ class SidecarSettings:
             factory=spec.factory,
             idle_s=spec.settings.sidecar_idle_s,
             socket_path=str(place.socket_path),
+            owner_pid=_owner_pid(),
         )
 
     @classmethod
@@ -57,6 +59,7 @@ class SidecarSettings:
                 "factory": self.factory,
                 "idle_s": self.idle_s,
                 "socket_path": self.socket_path,
+                "owner_pid": self.owner_pid,
             }
         )
 
@@ -124,6 +127,22 @@ def connect_or_start(spec: EngineSpec, *, place: SidecarPlace, environment: Mapp
     if connection is None:
         raise EngineError(f"the sidecar ended before it took a connection; its log ends: {place.log_tail()}")
     return connection
+
+
+def _owner_pid() -> int:
+    """The leader of this process group, which is Spark's Python daemon; this process where the leader has ended."""
+    leader = os.getpgrp()
+    return leader if is_alive(leader) else os.getpid()
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 def _connect(place: SidecarPlace) -> socket.socket | None:

@@ -20,7 +20,7 @@ from dspark_batch.errors import ConfigError, DSparkBatchError, EngineError
 from dspark_batch.job.config import JobConfig
 from dspark_batch.spark.client import Chunk
 from dspark_batch.spark.host import EngineHost
-from dspark_batch.spark.sidecar.launch import SidecarSettings
+from dspark_batch.spark.sidecar.launch import SidecarSettings, is_alive
 from dspark_batch.spark.sidecar.protocol import (
     CHUNK,
     DONE,
@@ -182,10 +182,9 @@ def serve(listener: socket.socket, settings: SidecarSettings) -> int:
         time.sleep(GOODBYE_S)
         return 1
     logger.info("serving %s on %s", settings.config.target, settings.socket_path)
-    daemon = os.getpgrp()
     while not host.is_broken:
-        if not _is_alive(daemon):
-            logger.info("the executor's daemon %d is gone", daemon)
+        if not is_alive(settings.owner_pid):
+            logger.info("the executor's daemon %d is gone", settings.owner_pid)
             return 0
         if settings.idle_s is not None and server.presence.idle_s() > settings.idle_s:
             logger.info("no task for %.0f s", settings.idle_s)
@@ -199,16 +198,6 @@ def serve(listener: socket.socket, settings: SidecarSettings) -> int:
 
 def _withdraw(settings: SidecarSettings) -> None:
     Path(settings.socket_path).unlink(missing_ok=True)
-
-
-def _is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
 
 
 def main(arguments: list[str]) -> int:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from dspark_batch.spark.client import ROW_ID_COLUMN, Chunk, EngineSpec
 from dspark_batch.spark.config import SparkSection
 from dspark_batch.spark.sidecar.client import SidecarClient
 from dspark_batch.spark.sidecar.launch import MAX_SOCKET_PATH_BYTES, SidecarPlace
+from dspark_batch.spark.sidecar.server import WATCH_INTERVAL_S
 from dspark_batch.testing.counting_engine import FACTORY, EngineFolder
 from dspark_batch.testing.processes import is_running, wait_until_gone
 
@@ -166,8 +168,8 @@ def test_an_idle_sidecar_ends_and_the_next_client_starts_another(engine: EngineF
         assert len(engine.loads()) == number
 
 
-def test_a_sidecar_ends_with_the_process_group_of_the_daemon(engine: EngineFolder, place: SidecarPlace) -> None:
-    """The group's leader stands for Spark's Python daemon; it is killed so hard that it can tell nobody."""
+def client_script(engine: EngineFolder, place: SidecarPlace) -> str:
+    """A process that connects, prints the sidecar's pid, and stays."""
     script = f"""
         import sys, time
         from pathlib import Path
@@ -183,15 +185,48 @@ def test_a_sidecar_ends_with_the_process_group_of_the_daemon(engine: EngineFolde
         sys.stdout.flush()
         time.sleep(600)
     """
-    leader = subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(script)], start_new_session=True, stdout=subprocess.PIPE, text=True
-    )
+    return textwrap.dedent(script)
+
+
+def test_a_sidecar_ends_with_the_process_group_of_the_daemon(engine: EngineFolder, place: SidecarPlace) -> None:
+    """The group's leader stands for Spark's Python daemon; it is killed so hard that it can tell nobody."""
+    command = [sys.executable, "-c", client_script(engine, place)]
+    leader = subprocess.Popen(command, start_new_session=True, stdout=subprocess.PIPE, text=True)
     assert leader.stdout is not None
     with leader.stdout:
         pid = int(leader.stdout.readline())
     assert is_running(pid)
     leader.kill()
     leader.wait()
+    wait_until_gone([pid])
+
+
+def test_where_the_group_has_no_leader_the_sidecar_ends_with_who_started_it(
+    engine: EngineFolder, place: SidecarPlace
+) -> None:
+    """As below a shell that has ended."""
+    wait = """
+        import os, time
+        def leads():
+            try:
+                return os.kill(os.getpgrp(), 0) is None
+            except ProcessLookupError:
+                return False
+        while leads():
+            time.sleep(0.01)
+    """
+    script = textwrap.dedent(wait) + client_script(engine, place)
+    start = f"import subprocess, sys; print(subprocess.Popen([sys.executable, '-c', {script!r}]).pid)"
+    read, write = os.pipe()
+    with open(read, encoding="utf-8") as output:
+        leader = subprocess.Popen([sys.executable, "-c", start], start_new_session=True, stdout=write)
+        os.close(write)
+        starter = int(output.readline())
+        leader.wait()
+        pid = int(output.readline())
+    time.sleep(3 * WATCH_INTERVAL_S)
+    assert is_running(pid)
+    os.kill(starter, signal.SIGKILL)
     wait_until_gone([pid])
 
 
