@@ -32,16 +32,13 @@ from dspark_batch.bench.options import (
     run_module,
     write_json,
 )
+from dspark_batch.bench.table_rows import TEMPLATE, benchmark_rows
 from dspark_batch.errors import ConfigError, Problem
 from dspark_batch.provenance import device_facts, versions
 
 if TYPE_CHECKING:
-    import pyarrow as pa
     from pyspark.sql import SparkSession
 
-TOPICS = ("a kettle", "running shoes", "a desk lamp", "headphones", "a backpack", "a frying pan", "a phone case")
-COMPLAINTS = ("arrived late", "broke after a week", "is louder than expected", "is lovely", "does what it should")
-TEMPLATE = "Write one sentence in answer to this review: {{ body }}"
 LOCAL = "local"
 NUM_TASKS = {"sidecar": 2, "worker": 1}
 """Tasks by where Spark's engine lives: two share one sidecar; an engine of a Python worker has one. One engine each."""
@@ -76,17 +73,6 @@ class Pass:
     @property
     def tokens_per_s(self) -> float:
         return self.num_tokens / self.elapsed_s
-
-
-def benchmark_rows(num_rows: int, *, first: int = 0) -> pa.Table:
-    """Distinct short reviews, the same every time; ids count from ``first``."""
-    import pyarrow as pa
-
-    rows = range(first, first + num_rows)
-    bodies = [
-        f"Order {row}: I bought {TOPICS[row % len(TOPICS)]} and it {COMPLAINTS[row % len(COMPLAINTS)]}." for row in rows
-    ]
-    return pa.table({"id": pa.array(rows, pa.int64()), "body": bodies})
 
 
 def write_rows(setup: Setup, *, folder: Path) -> None:

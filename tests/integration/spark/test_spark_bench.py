@@ -6,7 +6,8 @@ import pytest
 
 from dspark_batch.bench import spark_throughput
 from dspark_batch.bench.options import run_module
-from dspark_batch.bench.spark_throughput import NUM_WARM_UP_ROWS, Setup, benchmark_rows, compare, format_result
+from dspark_batch.bench.spark_throughput import NUM_WARM_UP_ROWS, Setup, compare, format_result
+from dspark_batch.bench.table_rows import benchmark_rows
 
 pytestmark = pytest.mark.spark
 
