@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from dspark_batch.batch.live import LiveCounts
 
 LINE_INTERVAL_S = 5.0
+LONGEST_LINE_INTERVAL_S = 60.0
+_INTERVAL_SHARE = 0.02
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,7 +97,7 @@ def format_duration(seconds: float) -> str:
 
 
 class LineReport:
-    """Writes a line at most every ``interval_s``, and one at the end."""
+    """Writes a line at most every ``interval_s``, less often in long runs or while nothing moves, and one at the end."""
 
     def __init__(
         self,
@@ -111,6 +113,7 @@ class LineReport:
         self._clock = clock
         self._start_s = self._written_s = clock()
         self._unwritten: Progress | None = None
+        self._written: Progress | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -123,7 +126,11 @@ class LineReport:
 
     def update(self, totals: Totals, live: LiveCounts) -> None:
         self._unwritten = Progress.of(self._work, totals, live)
-        if self._clock() - self._written_s >= self._interval_s:
+        now_s = self._clock()
+        wait_s = max(self._interval_s, min(LONGEST_LINE_INTERVAL_S, _INTERVAL_SHARE * (now_s - self._start_s)))
+        if self._unwritten == self._written:
+            wait_s = LONGEST_LINE_INTERVAL_S
+        if now_s - self._written_s >= wait_s:
             self._write(self._unwritten)
 
     def say(self, message: str) -> None:
@@ -132,7 +139,7 @@ class LineReport:
 
     def _write(self, progress: Progress) -> None:
         self._written_s = self._clock()
-        self._unwritten = None
+        self._unwritten, self._written = None, progress
         percent = 100 * progress.num_rows // self._work.num_rows if self._work.num_rows else 100
         line = format_progress(self._work, progress, elapsed_s=self._written_s - self._start_s)
         self.say(f"rows {progress.num_rows}/{self._work.num_rows} ({percent} %) · {line}")

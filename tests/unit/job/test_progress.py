@@ -44,10 +44,25 @@ def test_lines_come_at_most_every_interval_and_the_last_is_never_lost() -> None:
     now = 0.0
     stream = io.StringIO()
     with LineReport(WORK, stream=stream, interval_s=5.0, clock=lambda: now) as report:
-        for now in (1.0, 4.9, 5.0, 6.0, 9.9, 10.0, 11.0):  # noqa: B007 - the clock reads it
-            report.update(TOTALS, LiveCounts())
+        for now in (1.0, 4.9, 5.0, 6.0, 9.9, 10.0, 11.0):
+            report.update(TOTALS, LiveCounts(num_generated_tokens=int(10_000 * now)))
     assert len(stream.getvalue().splitlines()) == 3
     assert stream.getvalue().startswith("rows 25/100 (25 %) · shards 3/10")
+
+
+def test_lines_are_rare_while_nothing_moves_and_in_long_runs() -> None:
+    stream = io.StringIO()
+    now = 0.0
+    with LineReport(WORK, stream=stream, interval_s=5.0, clock=lambda: now) as report:
+        for now in range(61):  # noqa: B007 - the clock reads it
+            report.update(Totals(), LiveCounts())
+    assert len(stream.getvalue().splitlines()) == 1 + 1
+    stream = io.StringIO()
+    now = 0.0
+    with LineReport(WORK, stream=stream, interval_s=5.0, clock=lambda: now) as report:
+        for now in range(8 * 3600):
+            report.update(Totals(), LiveCounts(num_generated_tokens=now))
+    assert 480 < len(stream.getvalue().splitlines()) < 700
 
 
 def test_a_stream_that_is_no_terminal_gets_lines() -> None:
