@@ -97,7 +97,7 @@ def format_duration(seconds: float) -> str:
 
 
 class LineReport:
-    """Writes a line at most every ``interval_s``, less often in long runs or while nothing moves, and one at the end."""
+    """Writes a line at most every ``interval_s``, less often in long runs or where nothing moves; one at the end."""
 
     def __init__(
         self,
