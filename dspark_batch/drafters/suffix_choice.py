@@ -23,14 +23,6 @@ class Choice:
     confidence: Floats
     expected: Floats
 
-    def take(self, queries: NDArray[np.bool_]) -> Choice:
-        return Choice(
-            token_ids=self.token_ids[queries],
-            num_tokens=self.num_tokens[queries],
-            confidence=self.confidence[queries],
-            expected=self.expected[queries],
-        )
-
 
 def choose(
     continuations: Ints,
@@ -60,7 +52,7 @@ def choose(
     limit = np.floor(length_factor * match_lengths + length_offset).astype(np.int64)
     limit = np.minimum(limit, max_tokens[:, None]) * (match_lengths > 0)
     keep = goes_on & (survival >= min_survival) & (np.arange(longest) < limit[:, :, None])
-    score = (survival * keep).sum(2)
+    score = np.cumsum(survival * keep, axis=2)[:, :, -1]
     best = score.argmax(1)
     query = np.arange(num_queries)
     return Choice(

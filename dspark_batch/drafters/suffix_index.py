@@ -8,6 +8,7 @@ overwritten, so memory is fixed and nothing is ever deleted. All steps are vecto
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,82 +21,123 @@ NO_TOKEN = -1
 
 _OFF = -2
 _SLOT_MARGIN = 64
+_FIRST_RINGS = 16
+_CELL = np.dtype([("key", np.uint64), ("previous", np.int64)])
+
+
+@dataclass(frozen=True, slots=True)
+class RingArrays:
+    """The memory of R rings of S slots for L orders. Tokens and positions are stored plus one: fresh zero pages, which
+    take no memory until they are written, hold none.
+
+    tokens: [R, S] int32. cells: [R, S, L] hash of the context before the slot's position, and the position before it in
+    its bucket. newest: [R, S, L] int64 newest position of each bucket. start, end: [R] int64 positions.
+    """
+
+    tokens: NDArray[np.int32]
+    cells: NDArray[np.void]
+    newest: Ints
+    start: Ints
+    end: Ints
+
+    @classmethod
+    def empty(cls, num_rings: int, *, size: int, num_orders: int) -> RingArrays:
+        return cls(
+            tokens=np.zeros((num_rings, size), np.int32),
+            cells=np.zeros((num_rings, size, num_orders), _CELL),
+            newest=np.zeros((num_rings, size, num_orders), np.int64),
+            start=np.zeros(num_rings, np.int64),
+            end=np.zeros(num_rings, np.int64),
+        )
+
+    @property
+    def num_bytes(self) -> int:
+        return self.tokens.nbytes + self.cells.nbytes + self.newest.nbytes
 
 
 class SuffixIndex:
-    """A set of token rings, each with its own n-gram chains.
+    """A set of token rings of one size, each with its own n-gram chains.
 
-    orders: context lengths that are indexed, increasing. A position p of a ring stands for the continuation that starts
-    with the token at p; it is filed under the hashes of the n tokens before p.
+    orders: context lengths that are indexed, increasing. num_tokens: room of each ring. A position p of a ring stands
+    for the continuation that starts with the token at p; it is filed under the hashes of the n tokens before p.
     """
 
-    def __init__(self, orders: Sequence[int]) -> None:
+    def __init__(self, orders: Sequence[int], *, num_tokens: int, num_rings: int = 0) -> None:
         assert list(orders) == sorted(set(orders)), orders
         assert orders, "at least one order"
         self.orders = tuple(orders)
         self.depth = orders[-1]
+        self.size = 1 << (num_tokens + self.depth + _SLOT_MARGIN - 1).bit_length()
         rng = np.random.default_rng(0x5AFF1C5)
-        self._coefficients = rng.integers(1, 2**63, self.depth, dtype=np.uint64) | np.uint64(1)
-        self._tokens = np.empty(0, np.int32)
+        self.coefficients = rng.integers(1, 2**63, self.depth, dtype=np.uint64) | np.uint64(1)
         self._levels = np.arange(len(orders))
-        self._keys = np.empty(0, np.uint64)
-        self._previous = np.empty(0, np.int64)
-        self._newest = np.empty(0, np.int64)
-        self.offset = np.empty(0, np.int64)
-        self.mask = np.empty(0, np.int64)
-        self.start = np.empty(0, np.int64)
-        self.end = np.empty(0, np.int64)
+        self.num_rings = num_rings
+        self.arrays = RingArrays.empty(num_rings, size=self.size, num_orders=len(orders))
 
     @property
-    def num_rings(self) -> int:
-        return len(self.offset)
+    def start(self) -> Ints:
+        """[R] the oldest position of each ring that may be found."""
+        return self.arrays.start
+
+    @property
+    def end(self) -> Ints:
+        """[R] the position of each ring's next token."""
+        return self.arrays.end
 
     @property
     def num_bytes(self) -> int:
-        return self._tokens.nbytes + self._keys.nbytes + self._previous.nbytes + self._newest.nbytes
+        """Reserved memory; what no token has reached yet is not resident."""
+        return self.arrays.num_bytes
 
-    def room(self, ring: int) -> int:
-        """How many tokens of the ring stay readable: its size less a margin for contexts that reach back."""
-        return int(self.mask[ring]) + 1 - self.depth - _SLOT_MARGIN
+    @property
+    def room(self) -> int:
+        """How many tokens of a ring stay readable: its size less a margin for contexts that reach back."""
+        return self.size - self.depth - _SLOT_MARGIN
 
-    def add_rings(self, count: int, *, num_tokens: int) -> list[int]:
-        """Empty rings with room for ``num_tokens`` each; their numbers."""
-        size = 1 << (num_tokens + self.depth + _SLOT_MARGIN - 1).bit_length()
-        first, base, added = self.num_rings, len(self._tokens), count * size
-        num_cells = added * len(self.orders)
-        self._tokens = np.concatenate([self._tokens, np.full(added, NO_TOKEN, np.int32)])
-        self._keys = np.concatenate([self._keys, np.zeros(num_cells, np.uint64)])
-        self._previous = np.concatenate([self._previous, np.full(num_cells, -1, np.int64)])
-        self._newest = np.concatenate([self._newest, np.full(num_cells, -1, np.int64)])
-        self.offset = np.concatenate([self.offset, base + size * np.arange(count)])
-        self.mask = np.concatenate([self.mask, np.full(count, size - 1)])
-        self.start = np.concatenate([self.start, np.zeros(count, np.int64)])
-        self.end = np.concatenate([self.end, np.zeros(count, np.int64)])
-        return list(range(first, first + count))
+    def add_ring(self) -> int:
+        """An empty ring's number."""
+        if self.num_rings == len(self.start):
+            self._grow(max(_FIRST_RINGS, 2 * self.num_rings))
+        self.num_rings += 1
+        return self.num_rings - 1
+
+    def _grow(self, num_rings: int) -> None:
+        """Move to larger arrays, at the cost of the tokens that are there."""
+        old = self.arrays
+        new = self.arrays = RingArrays.empty(num_rings, size=self.size, num_orders=len(self.orders))
+        new.start[: self.num_rings], new.end[: self.num_rings] = old.start, old.end
+        for ring in range(self.num_rings):
+            used = min(int(old.end[ring]), self.size)
+            new.tokens[ring, :used] = old.tokens[ring, :used]
+            new.cells[ring, :used] = old.cells[ring, :used]
+            buckets = (ring, self._home(old.cells["key"][ring, :used]), self._levels)
+            new.newest[buckets] = old.newest[buckets]
 
     def clear(self, ring: int) -> None:
         """Forget the ring's tokens."""
-        part = slice(int(self.offset[ring]), int(self.offset[ring] + self.mask[ring] + 1))
-        self._tokens[part] = NO_TOKEN
-        self._newest[part.start * len(self.orders) : part.stop * len(self.orders)] = -1
+        arrays, end = self.arrays, int(self.end[ring])
+        used = min(end, self.size)
+        arrays.tokens[ring, :used] = 0
+        if end > self.size:
+            arrays.newest[ring] = 0
+        else:
+            arrays.newest[ring, self._home(arrays.cells["key"][ring, :used]), self._levels] = 0
         self.start[ring] = self.end[ring] = 0
 
     def extend(self, rings: Ints, tokens: Ints, counts: Ints) -> None:
-        """Append ``counts[i]`` tokens (at most the ring's room) to ring ``rings[i]``; ``tokens`` holds them in a row.
+        """Append ``counts[i]`` tokens (at most the room) to ring ``rings[i]``; ``tokens`` holds them in a row.
 
         Rings are distinct. Tokens that no longer fit push the oldest out; ``start`` follows.
         """
         which = np.repeat(rings, counts)
         first = np.cumsum(counts) - counts
         position = np.repeat(self.end[rings] - first, counts) + np.arange(len(tokens))
-        slot = self.offset[which] + (position & self.mask[which])
-        self._tokens[slot] = tokens
+        self.arrays.tokens[which, position & (self.size - 1)] = tokens + 1
         self.end[rings] += counts
-        room = self.mask[rings] + 1 - self.depth - _SLOT_MARGIN
-        self.start[rings] = np.maximum(self.start[rings], self.end[rings] - room)
+        self.start[rings] = np.maximum(self.start[rings], self.end[rings] - self.room)
         before = self.before(which, position)
         hashes = self.hash_contexts(before)
-        self._file(which, position, slot, hashes, self._complete(before) & (tokens >= 0)[:, None])
+        self._file(which, position, hashes, self._complete(before) & (tokens >= 0)[:, None])
 
     def _complete(self, before: Ints) -> NDArray[np.bool_]:
         """[N, orders]: whether the last n tokens belong to one sequence."""
@@ -103,31 +145,34 @@ class SuffixIndex:
         complete: NDArray[np.bool_] = sequence[:, [order - 1 for order in self.orders]]
         return complete
 
-    def _file(self, rings: Ints, position: Ints, slot: Ints, keys: Hashes, wanted: NDArray[np.bool_]) -> None:
+    def _file(self, rings: Ints, position: Ints, keys: Hashes, wanted: NDArray[np.bool_]) -> None:
         """File positions [N] under those of their hashes [N, orders] that are wanted."""
         at, level = np.nonzero(wanted)
         if not len(at):
             return
-        key, position = keys[at, level], position[at]
-        bucket = self._bucket(rings[at], key, level)
+        rings, key, position = rings[at], keys[at, level], position[at]
+        newest = self.arrays.newest.reshape(-1)
+        bucket = (rings * self.size + self._home(key)) * len(self.orders) + level
         by_bucket = np.argsort(bucket, kind="stable")
-        bucket, position = bucket[by_bucket], position[by_bucket]
+        bucket, stored = bucket[by_bucket], position[by_bucket] + 1
         opens = np.empty(len(bucket), bool)
         opens[0] = True
         np.not_equal(bucket[1:], bucket[:-1], out=opens[1:])
-        older = np.empty_like(position)
-        older[1:] = position[:-1]
-        older[opens] = self._newest[bucket[opens]]
-        cell = (slot[at] * len(self.orders) + level)[by_bucket]
-        self._keys[cell] = key[by_bucket]
-        self._previous[cell] = older
+        older = np.empty_like(stored)
+        older[1:] = stored[:-1]
+        older[opens] = newest[bucket[opens]]
+        cell = ((rings * self.size + (position & (self.size - 1))) * len(self.orders) + level)[by_bucket]
+        cells = self.arrays.cells.reshape(-1)
+        cells["key"][cell] = key[by_bucket]
+        cells["previous"][cell] = older
         closes = np.append(opens[1:], True)
-        self._newest[bucket[closes]] = position[closes]
+        newest[bucket[closes]] = stored[closes]
 
-    def _bucket(self, rings: Ints, keys: Hashes, level: Ints) -> Ints:
+    def _home(self, keys: Hashes) -> Ints:
+        """The slots of the keys' buckets."""
         spread = (keys ^ (keys >> np.uint64(29))) * np.uint64(0x9E3779B97F4A7C15)
-        home = self.offset[rings] + ((spread >> np.uint64(32)).astype(np.int64) & self.mask[rings])
-        return home * len(self.orders) + level
+        home: Ints = (spread >> np.uint64(32)).astype(np.int64) & (self.size - 1)
+        return home
 
     def before(self, rings: Ints, position: Ints) -> Ints:
         """[N, depth]: the tokens before each position, oldest first; NO_TOKEN where there is none."""
@@ -136,14 +181,13 @@ class SuffixIndex:
 
     def read(self, rings: Ints, at: Ints) -> Ints:
         """[N, ...] tokens at ring positions, which must not be older than the margin nor past the end."""
-        shape = (-1,) + (1,) * (at.ndim - 1)
-        slot = (at & self.mask[rings].reshape(shape)) + self.offset[rings].reshape(shape)
-        tokens: Ints = self._tokens[slot].astype(np.int64)
+        which = rings.reshape((-1,) + (1,) * (at.ndim - 1))
+        tokens: Ints = self.arrays.tokens[which, at & (self.size - 1)].astype(np.int64) - 1
         return tokens
 
     def hash_contexts(self, before: Ints) -> Hashes:
         """[N, depth] tokens -> [N, len(orders)] hashes of the last n of them; multilinear, modulo 2**64."""
-        terms = (before.astype(np.uint64) + np.uint64(1)) * self._coefficients
+        terms = (before.astype(np.uint64) + np.uint64(1)) * self.coefficients
         sums: Hashes = np.cumsum(terms[:, ::-1], axis=1, dtype=np.uint64)
         hashes: Hashes = sums[:, [order - 1 for order in self.orders]]
         return hashes
@@ -156,16 +200,17 @@ class SuffixIndex:
         contexts in the same bucket included.
         """
         hashes = self.hash_contexts(before)
-        here = self._newest[self._bucket(rings[:, None], hashes, self._levels)]
-        start, mask, offset = self.start[rings][:, None], self.mask[rings][:, None], self.offset[rings][:, None]
+        which = rings[:, None]
+        here = self.arrays.newest[which, self._home(hashes), self._levels] - 1
+        start = self.start[which]
         found = np.full((limit, len(rings), len(self.orders)), -1, np.int64)
         alive = (here >= start) & self._complete(before)
         for link in range(limit):
             if not alive.any():
                 break
-            cell = (offset + (here & mask)) * len(self.orders) + self._levels
-            np.copyto(found[link], here, where=alive & (self._keys[cell] == hashes))
-            here = self._previous[cell]
+            cell = self.arrays.cells[which, here & (self.size - 1), self._levels]
+            np.copyto(found[link], here, where=alive & (cell["key"] == hashes))
+            here = cell["previous"] - 1
             alive &= here >= start
         hit = found.max(0) >= 0
         level = len(self.orders) - 1 - np.argmax(hit[:, ::-1], axis=1)
@@ -190,19 +235,15 @@ class SuffixIndex:
         return tokens
 
     def check_integrity(self) -> None:
-        """Rings do not overlap, live chains descend and name contexts that are there."""
+        """Windows fit their rings; live chains descend and stay within the window."""
+        assert self.num_rings <= len(self.start)
         assert (self.start <= self.end).all()
-        assert (self.end - self.start <= self.mask + 1).all()
-        sizes = self.mask + 1
-        assert (self.offset == np.cumsum(sizes) - sizes).all()
-        assert sizes.sum() == len(self._tokens)
-        newest = self._newest.reshape(-1, len(self.orders))
-        previous = self._previous.reshape(-1, len(self.orders))
+        assert (self.end - self.start <= self.size).all()
+        assert not self.end[self.num_rings :].any(), "tokens in a ring that nobody has"
         for ring in range(self.num_rings):
-            part = slice(int(self.offset[ring]), int(self.offset[ring] + sizes[ring]))
             for level, order in enumerate(self.orders):
-                live = newest[part, level]
+                live = self.arrays.newest[ring, :, level] - 1
                 live = live[live >= self.start[ring]]
                 assert (live < self.end[ring]).all(), f"order {order}, ring {ring}: a bucket points past the end"
-                slot = self.offset[ring] + (live & self.mask[ring])
-                assert (previous[slot, level] < live).all(), f"order {order}, ring {ring}: a chain ascends"
+                previous = self.arrays.cells["previous"][ring, live & (self.size - 1), level] - 1
+                assert (previous < live).all(), f"order {order}, ring {ring}: a chain ascends"

@@ -6,6 +6,7 @@
 #include "plan.hpp"
 #include "rows.hpp"
 #include "step.hpp"
+#include "suffix.hpp"
 
 using namespace ds;
 
@@ -48,7 +49,7 @@ void linear(const Linear<T>& w, const T* x, int64_t m, const Target<T>& to) {
 
 extern "C" {
 
-int ds_abi() { return 3; }
+int ds_abi() { return 4; }
 
 int ds_has_bf16_dot() {
 #ifdef DSPARK_DPBF16
@@ -124,6 +125,23 @@ void ds_linear(int is_bf16, const float* packed, const void* bias, int64_t n, in
 
 void ds_step(int is_bf16, const ModelArgs* model, const StepArgs* step) {
   DS_DISPATCH(is_bf16, Step<T>(*model, *step).run());
+}
+
+// Appends counts[i] tokens to ring rings[i]; `tokens` holds them in a row.
+void ds_suffix_extend(const SuffixRings* index, const int64_t* rings, const int64_t* tokens, const int64_t* counts,
+                      int64_t num_rings) {
+  for (int64_t i = 0; i < num_rings; tokens += counts[i++]) suffix_extend(*index, rings[i], tokens, counts[i]);
+}
+
+void ds_suffix_clear(const SuffixRings* index, int64_t ring) { suffix_clear(*index, ring); }
+
+// token_ids, confidence: [num_rows, width], the first num_tokens[i] of each are written.
+void ds_suffix_choose(const SuffixRings* own, const SuffixRings* shared, const SuffixRules* rules, const int64_t* rings,
+                      const int64_t* max_tokens, int64_t num_rows, int64_t width, int64_t* token_ids,
+                      double* confidence, int64_t* num_tokens) {
+  for (int64_t i = 0; i < num_rows; i++)
+    num_tokens[i] = suffix_choose(*own, *shared, rings[i], max_tokens[i], *rules, token_ids + i * width,
+                                  confidence + i * width);
 }
 
 }  // extern "C"

@@ -18,7 +18,7 @@ from dspark_batch.models.kernels.build import SWITCH_VARIABLE, BuildError, build
 
 logger = logging.getLogger(__name__)
 
-ABI = 3
+ABI = 4
 DTYPES = (torch.bfloat16, torch.float32)
 _LANES = 16
 MAX_HEAD_DIM = 256
@@ -40,6 +40,9 @@ _SIGNATURES: dict[str, tuple[type | None, tuple[type, ...]]] = {
     "ds_pack": (None, (_I, _P, _P, _L, _L, _P)),
     "ds_step": (None, (_I, _P, _P)),
     "ds_linear": (None, (_I, _P, _P, _L, _L, _P, _L, _P, _L, _I)),
+    "ds_suffix_extend": (None, (_P, _P, _P, _P, _L)),
+    "ds_suffix_clear": (None, (_P, _L)),
+    "ds_suffix_choose": (None, (_P, _P, _P, _P, _P, _L, _L, _P, _P, _P)),
 }
 
 
@@ -235,7 +238,7 @@ def load_kernels() -> Kernels | None:
     try:
         return Kernels(build())
     except BuildError as error:
-        logger.warning("native kernels are off, torch does their work (slower): %s", error)
+        logger.warning("native kernels are off, torch and numpy do their work (slower): %s", error)
         return None
 
 

@@ -73,8 +73,7 @@ def check(index: SuffixIndex, texts: dict[int, list[int]], *, limit: int) -> int
 def test_rings_find_what_brute_force_finds_as_they_grow_by_ragged_pieces(alphabet: int) -> None:
     rng = random.Random(alphabet)
     # Large rings, so that few buckets are shared: colliding contexts take up chain links.
-    index = SuffixIndex(ORDERS)
-    index.add_rings(3, num_tokens=2**17)
+    index = SuffixIndex(ORDERS, num_tokens=2**17, num_rings=3)
     texts: dict[int, list[int]] = {0: [], 1: [], 2: []}
     hits = 0
     for step in range(60):
@@ -88,9 +87,8 @@ def test_rings_find_what_brute_force_finds_as_they_grow_by_ragged_pieces(alphabe
 
 def test_a_wrapped_ring_finds_only_what_is_still_in_its_window() -> None:
     rng = random.Random(3)
-    index = SuffixIndex(ORDERS)
-    (ring,) = index.add_rings(1, num_tokens=100)
-    room = index.room(ring)
+    index = SuffixIndex(ORDERS, num_tokens=100)
+    ring, room = index.add_ring(), index.room
     texts: dict[int, list[int]] = {ring: []}
     for _ in range(200):
         grow(index, texts, {ring: [rng.randrange(6) for _ in range(rng.randrange(1, 13))]})
@@ -105,17 +103,43 @@ def test_a_wrapped_ring_finds_only_what_is_still_in_its_window() -> None:
 
 
 def test_a_cleared_ring_remembers_nothing_and_its_neighbours_keep_theirs() -> None:
-    index = SuffixIndex(ORDERS)
-    first, second = index.add_rings(2, num_tokens=50)
+    index = SuffixIndex(ORDERS, num_tokens=50)
+    first, second = index.add_ring(), index.add_ring()
     texts: dict[int, list[int]] = {first: [], second: []}
     grow(index, texts, {first: [1, 2, 3, 1, 2], second: [1, 2, 3, 1, 2]})
     index.clear(first)
     texts[first] = []
-    (third,) = index.add_rings(1, num_tokens=50)
+    third = index.add_ring()
     texts[third] = []
     grow(index, texts, {first: [1, 2], third: [1, 2]})
     assert check(index, texts, limit=3) == 1
     index.check_integrity()
+
+
+def test_rings_keep_what_they_know_when_others_are_added() -> None:
+    rng = random.Random(6)
+    index = SuffixIndex(ORDERS, num_tokens=2**14)
+    texts: dict[int, list[int]] = {}
+    hits = 0
+    for _ in range(40):
+        texts[index.add_ring()] = []
+        grow(index, texts, {ring: [rng.randrange(4) for _ in range(rng.randrange(6))] for ring in texts})
+        hits += check(index, texts, limit=4)
+        index.check_integrity()
+    assert hits > 40
+
+
+def test_a_ring_that_wrapped_is_as_new_after_clearing() -> None:
+    rng = random.Random(7)
+    index = SuffixIndex(ORDERS, num_tokens=20)
+    ring = index.add_ring()
+    for num_tokens in (30, index.size - 2, index.size, 3 * index.size):
+        for _ in range(num_tokens):
+            grow(index, {ring: []}, {ring: [rng.randrange(2)]})
+        index.clear(ring)
+        assert not index.arrays.tokens.any()
+        assert not index.arrays.newest.any()
+        assert check(index, {ring: []}, limit=4) == 0
 
 
 def brute_choice(
