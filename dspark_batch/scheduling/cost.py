@@ -12,7 +12,7 @@ from itertools import groupby, pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from dspark_batch.scheduling.cost_table import CostSurface, CostTable, DraftSample, monotone
+from dspark_batch.scheduling.cost_table import CostSurface, CostTable, DraftSample, interpolate, monotone
 
 Floats = NDArray[np.float64]
 
@@ -42,24 +42,23 @@ _DRAFT_LEVEL_RATE = 0.1
 
 @dataclass(slots=True)
 class _Bend:
-    """Observed over tabulated at the knots of one octave of rows; ``table`` is [knots] logs, made when asked for."""
+    """Observed over tabulated at the knots of one octave of rows; ``logs``: at all of them, made when asked for."""
 
     ratios: dict[int, deque[float]] = field(default_factory=dict)
     medians: dict[int, float] = field(default_factory=dict)
     last_seen: dict[int, int] = field(default_factory=dict)
     last_surprise: dict[int, float] = field(default_factory=dict)
-    table: Floats | None = None
+    logs: list[float] | None = None
 
-    def at(self, num_tokens: Floats) -> Floats:
-        """[N] logs; carried over from the nearest observed knots where a knot has none."""
+    def curve(self) -> list[float]:
+        """[knots] logs; carried over from the nearest observed knots where a knot has none."""
         if not self.medians:
-            return np.zeros(len(num_tokens))
-        if self.table is None:
+            return [0.0] * len(KNOTS)
+        if self.logs is None:
             seen = sorted(self.medians)
-            logs = np.log([self.medians[knot] for knot in seen])
-            self.table = np.clip(np.interp(np.arange(len(KNOTS)), seen, logs), -_MAX_LOG_BEND, _MAX_LOG_BEND)
-        out: Floats = np.interp(num_tokens, KNOTS, self.table)
-        return out
+            table = np.interp(np.arange(len(KNOTS)), seen, np.log([self.medians[knot] for knot in seen]))
+            self.logs = np.clip(table, -_MAX_LOG_BEND, _MAX_LOG_BEND).tolist()
+        return self.logs
 
 
 class StepCost:
@@ -80,10 +79,9 @@ class StepCost:
         """One step's flat tokens and its time. Ignores steps without a time (a clock too coarse)."""
         if seconds <= 0:
             return
-        at = np.array([float(num_tokens)])
         bend = self._bends.setdefault(num_rows.bit_length(), _Bend())
-        tabulated = float(self._surface.seconds(at, num_rows=num_rows, context_tokens=context_tokens)[0])
-        expected = float(bend.at(at)[0])
+        tabulated = self._surface.at(num_tokens, num_rows=num_rows, context_tokens=context_tokens)
+        expected = interpolate(num_tokens, KNOTS, bend.curve())
         surprise = math.log(seconds / tabulated) - expected - self._log_level
         if self._num_observed == 0:
             self._log_level += surprise
@@ -100,7 +98,7 @@ class StepCost:
         bend.last_seen[knot] = self._num_observed
         bend.last_surprise[knot] = surprise
         if self._num_observed % _STEPS_PER_FIT == 0 or self._num_observed < 2 * _STEPS_PER_FIT:
-            bend.table = None
+            bend.logs = None
 
     def seconds(self, num_tokens: Floats | Sequence[float], *, num_rows: int, context_tokens: float) -> Floats:
         """[N] rising flat tokens, not necessarily whole, of ``num_rows`` rows -> [N] seconds."""
@@ -108,7 +106,7 @@ class StepCost:
         bend = self._bends.get(num_rows.bit_length())
         out = self._surface.seconds(at, num_rows=num_rows, context_tokens=context_tokens)
         if bend is not None:
-            out = np.maximum.accumulate(out * np.exp(bend.at(at)))
+            out = np.maximum.accumulate(out * np.exp(np.interp(at, KNOTS, bend.curve())))
         return out * math.exp(self._log_level)
 
     def is_trusted(self, num_tokens: int, *, num_rows: int) -> bool:

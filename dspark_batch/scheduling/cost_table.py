@@ -127,24 +127,35 @@ class CostSurface:
             self._curves.append(curves)
         self._knots = [np.unique(np.concatenate([c.tokens for c in curves])) for curves in self._curves]
         self._lines: dict[tuple[int, int], _Curve] = {}
-        self._gaps: dict[tuple[int, int], tuple[Floats, Floats]] = {}
+        self._gaps: dict[tuple[int, int], _Points] = {}
 
     def seconds(self, num_tokens: Floats, *, num_rows: int, context_tokens: float) -> Floats:
         """[N] rising flat tokens of ``num_rows`` rows with a mean context of so many tokens -> [N] seconds."""
+        line, gap = self._parts(num_rows, context_tokens)
+        at_low = line(num_tokens)
+        if gap is None:
+            return at_low
+        both: Floats = np.maximum.accumulate(at_low + gap.share * np.maximum(0.0, gap(num_tokens)))
+        return both
+
+    def at(self, num_tokens: float, *, num_rows: int, context_tokens: float) -> float:
+        """``seconds`` of one step, without a call into numpy."""
+        line, gap = self._parts(num_rows, context_tokens)
+        at_low = line.at(num_tokens)
+        return at_low if gap is None else at_low + gap.share * max(0.0, gap.at(num_tokens))
+
+    def _parts(self, num_rows: int, context_tokens: float) -> tuple[_Curve, _Gap | None]:
+        """The cost at the measured context below, and what the next one adds to it."""
         last = len(self._contexts) - 1
         low = min(max(bisect_right(self._contexts, context_tokens) - 1, 0), max(last - 1, 0))
-        at_low = self._line(low, num_rows)(num_tokens)
+        line = self._line(low, num_rows)
         if low == last or context_tokens <= self._contexts[low]:
-            return at_low
+            return line, None
         width = self._contexts[low + 1] - self._contexts[low]
         share = (context_tokens - self._contexts[low]) / width
         # A longer context is measured at fewer sizes: there the difference counts, the stairs are those of the first.
         most = self._rows[low + 1][-1]
-        scale = max(1.0, num_rows / most)
-        more = self._difference(low, min(num_rows, most))
-        gap = scale * np.maximum(0.0, more(num_tokens / scale if scale > 1.0 else num_tokens))
-        both: Floats = np.maximum.accumulate(at_low + share * gap)
-        return both
+        return line, _Gap(self._difference(low, min(num_rows, most)), share, max(1.0, num_rows / most))
 
     def _line(self, index: int, num_rows: int) -> _Curve:
         """The cost at one context and number of rows, remembered: all its corners, and the slope beyond them."""
@@ -157,15 +168,14 @@ class CostSurface:
             self._lines[index, num_rows] = found
         return found
 
-    def _difference(self, low: int, num_rows: int) -> Callable[[Floats], Floats]:
+    def _difference(self, low: int, num_rows: int) -> _Points:
         """Seconds that the next context costs more, by flat tokens."""
         found = self._gaps.get((low, num_rows))
         if found is None:
             knots = np.maximum(self._knots[low + 1], num_rows)
             gap = self._at_context(low + 1, knots, num_rows) - self._at_context(low, knots, num_rows)
-            found = self._gaps[low, num_rows] = (knots, gap)
-        knots, gap = found
-        return lambda num_tokens: np.interp(num_tokens, knots, gap)
+            found = self._gaps[low, num_rows] = _Points(knots, gap)
+        return found
 
     def _at_context(self, index: int, num_tokens: Floats, num_rows: float) -> Floats:
         rows, curves = self._rows[index], self._curves[index]
@@ -183,6 +193,36 @@ class CostSurface:
         return blended
 
 
+class _Points:
+    """Linear between points, level beyond them."""
+
+    def __init__(self, at: Floats, values: Floats) -> None:
+        self._at, self._values = at, values
+        self._lists: tuple[list[float], list[float]] = (at.tolist(), values.tolist())
+
+    def __call__(self, x: Floats) -> Floats:
+        found: Floats = np.interp(x, self._at, self._values)
+        return found
+
+    def at(self, x: float) -> float:
+        return interpolate(x, *self._lists)
+
+
+@dataclass(frozen=True, slots=True)
+class _Gap:
+    """What a longer context adds: ``share`` of the points, which are measured up to 1 / ``scale`` of the rows."""
+
+    points: _Points
+    share: float
+    scale: float
+
+    def __call__(self, num_tokens: Floats) -> Floats:
+        return self.scale * self.points(num_tokens / self.scale)
+
+    def at(self, num_tokens: float) -> float:
+        return self.scale * self.points.at(num_tokens / self.scale)
+
+
 class _Curve:
     """Nondecreasing, through the points that a weighted fit allows; linear in between and beyond."""
 
@@ -191,8 +231,10 @@ class _Curve:
         self.tokens: Floats = np.asarray(tokens, np.float64)
         times: Floats = np.asarray(seconds, np.float64)
         self._seconds = monotone(times, np.ones(len(times)))
+        self._points = _Points(self.tokens, self._seconds)
         # Without a second point a step grows with its tokens, as a saturated device would have it.
         self._slope = float(self._seconds[0] / self.tokens[0])
+        self._last = float(self.tokens[-1])
         if len(self.tokens) > 1:
             first = (
                 int(np.searchsorted(self.tokens, self.tokens[-1] / 2)) if not reach else len(self.tokens) - 1 - reach
@@ -202,17 +244,27 @@ class _Curve:
             self._slope = float(self._seconds[-1] - self._seconds[first]) / run
 
     def __call__(self, num_tokens: Floats) -> Floats:
-        inside: Floats = np.interp(num_tokens, self.tokens, self._seconds)
-        beyond: Floats = np.maximum(0.0, num_tokens - self.tokens[-1])
-        return inside + beyond * self._slope
+        beyond: Floats = np.maximum(0.0, num_tokens - self._last)
+        return self._points(num_tokens) + beyond * self._slope
 
     def at(self, num_tokens: float) -> float:
-        return float(self(np.array([num_tokens]))[0])
+        return self._points.at(num_tokens) + max(0.0, num_tokens - self._last) * self._slope
 
     def at_least(self, other: _Curve) -> _Curve:
         """This curve where it lies above that of fewer rows, else that, at sizes that were measured for both."""
         both = np.isin(self.tokens, other.tokens)
         return _Curve(self.tokens, np.where(both, np.maximum(self._seconds, other(self.tokens)), self._seconds))
+
+
+def interpolate(x: float, at: Sequence[float], values: Sequence[float]) -> float:
+    """``np.interp`` of one number, for what is asked in every step: a call into numpy takes far longer."""
+    low = bisect_right(at, x) - 1
+    if low < 0:
+        return values[0]
+    if low == len(at) - 1:
+        return values[low]
+    slope = (values[low + 1] - values[low]) / (at[low + 1] - at[low])
+    return slope * (x - at[low]) + values[low]
 
 
 def monotone(values: Floats, weights: Floats) -> Floats:

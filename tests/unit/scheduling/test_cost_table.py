@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dspark_batch.scheduling.cost_table import CostSurface, CostTable, DraftSample, StepSample, monotone
+from dspark_batch.scheduling.cost_table import CostSurface, CostTable, DraftSample, StepSample, interpolate, monotone
 
 
 def knee(tokens: int, rows: int, context: int) -> float:
@@ -136,3 +136,24 @@ def test_monotone_pools_by_weight_and_keeps_what_rises() -> None:
     ones = np.ones(4)
     assert monotone(np.array([1.0, 2.0, 3.0, 4.0]), ones).tolist() == [1.0, 2.0, 3.0, 4.0]
     assert monotone(np.array([1.0, 3.0, 1.0, 4.0]), np.array([1.0, 3.0, 1.0, 1.0])).tolist() == [1.0, 2.5, 2.5, 4.0]
+
+
+@pytest.mark.parametrize("cost", [knee, stairs])
+def test_the_seconds_of_one_step_are_those_of_many(cost: object) -> None:
+    table = CostTable.from_function(cost, rows=ROWS, contexts=(128, 512, 2048))  # type: ignore[arg-type]
+    costs = surface(table)
+    for num_rows in (1, 3, 16, 50, 200):
+        for context in (0, 128, 300.5, 1000, 5000):
+            tokens = np.array([num_rows + extra for extra in (0.0, 0.5, 1.0, 7.0, 160.0, 3000.0)])
+            many = [
+                float(costs.seconds(tokens[i : i + 1], num_rows=num_rows, context_tokens=context)[0]) for i in range(6)
+            ]
+            one = [costs.at(at, num_rows=num_rows, context_tokens=context) for at in tokens.tolist()]
+            assert one == pytest.approx(many, rel=1e-12)
+
+
+def test_one_number_is_interpolated_as_numpy_does() -> None:
+    at, values = [1.0, 2.0, 2.0, 5.0], [3.0, 4.0, 6.0, 1.0]
+    for x in (0.0, 1.0, 1.5, 2.0, 3.3, 5.0, 9.0):
+        assert interpolate(x, at, values) == pytest.approx(float(np.interp(x, at, values)))
+    assert interpolate(7.0, [2.0], [4.0]) == 4.0
