@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import statistics
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -34,44 +35,50 @@ from dspark_batch.bench.options import (
 from dspark_batch.core import Request, SamplingParams
 from dspark_batch.engine.config import EngineConfig
 
-_EXAMPLES = (
+_EXAMPLES: tuple[tuple[str, dict[str, str | bool]], ...] = (
     (
         "The charger died after a week and nobody answers my mails.",
-        "electronics",
-        "negative",
-        "high",
-        True,
+        {"category": "electronics", "sentiment": "negative", "urgency": "high", "needs_reply": True, "defect": True},
     ),
-    ("Lovely scarf, warm and light. My sister wants one too.", "clothing", "positive", "low", False),
-    ("The soup bowls are fine. Nothing special, nothing broken.", "kitchen", "neutral", "low", False),
-    ("Two pages were missing and I would like my money back.", "books", "negative", "high", True),
+    (
+        "Lovely scarf, warm and light. My sister wants one too.",
+        {"category": "clothing", "sentiment": "positive"},
+    ),
+    (
+        "The soup bowls are fine. Nothing special, nothing broken.",
+        {"category": "kitchen", "sentiment": "neutral"},
+    ),
+    (
+        "Two pages were missing and I would like my money back.",
+        {"category": "books", "sentiment": "negative", "urgency": "high", "needs_reply": True, "refund_wanted": True},
+    ),
 )
+_USUAL_LABELS: dict[str, str | bool] = {
+    "category": "other",
+    "sentiment": "neutral",
+    "urgency": "low",
+    "needs_reply": False,
+    "defect": False,
+    "refund_wanted": False,
+    "late_delivery": False,
+    "language": "english",
+    "contains_personal_data": False,
+    "contains_insults": False,
+}
 
 
-def _label_line(category: str, sentiment: str, urgency: str, needs_reply: bool) -> str:
+def _label_line(labels: Mapping[str, str | bool]) -> str:
     """The JSON that an example shows; every key in its place, so that only values differ between rows."""
-    return json.dumps(
-        {
-            "category": category,
-            "sentiment": sentiment,
-            "urgency": urgency,
-            "needs_reply": needs_reply,
-            "language": "english",
-            "contains_personal_data": False,
-        }
-    )
+    return json.dumps({**_USUAL_LABELS, **labels})
 
 
 def labelling_prompt(text: str) -> str:
     """A prompt that asks for the labels of one review, after worked examples; the answer is one line of JSON."""
-    shown = "\n\n".join(
-        f"Review: {example}\nLabels: {_label_line(category, sentiment, urgency, needs_reply)}"
-        for example, category, sentiment, urgency, needs_reply in _EXAMPLES
-    )
+    shown = "\n\n".join(f"Review: {example}\nLabels: {_label_line(labels)}" for example, labels in _EXAMPLES)
     return f"Label every review with one line of JSON.\n\n{shown}\n\nReview: {text}\nLabels:"
 
 
-def labelling_requests(reviews: Path, *, num_rows: int, max_new_tokens: int = 96) -> list[Request]:
+def labelling_requests(reviews: Path, *, num_rows: int, max_new_tokens: int = 128) -> list[Request]:
     """Requests over the ``text`` column of a Parquet file. More rows than it has: pairs of reviews, all different."""
     import pyarrow.parquet as pq
 
