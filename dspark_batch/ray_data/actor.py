@@ -28,7 +28,7 @@ SHARD_COLUMN = "shard"
 ENTRY_COLUMN = "entry"
 ENTRY_SCHEMA = pa.schema([(ENTRY_COLUMN, pa.binary())])
 
-LIVE_INTERVAL_S = 1.0
+LIVE_INTERVAL_S = 2.0
 """How often the driver hears what the engine has produced; Ray's metrics are told every ``METRICS_INTERVAL_S``."""
 
 logger = logging.getLogger(__name__)

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from dspark_batch.batch.manifest import ManifestEntry
     from dspark_batch.batch.shards import Shard
 
-TICK_S = 0.2
+TICK_S = 0.5
 DRAIN_S = 10.0
 """How long a job that failed waits for the shards that still run before it says so."""
 
