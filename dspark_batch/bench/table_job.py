@@ -12,6 +12,8 @@ import os
 import statistics
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
@@ -33,7 +35,6 @@ from dspark_batch.bench.options import (
 from dspark_batch.bench.table_rows import TEMPLATE, benchmark_rows
 from dspark_batch.core import Message, Request
 from dspark_batch.provenance import device_facts, versions
-from dspark_batch.testing.environment import changed_environment
 
 if TYPE_CHECKING:
     from dspark_batch.engine.config import EngineConfig
@@ -100,15 +101,13 @@ def job_values(setup: Setup, *, folder: Path, name: str) -> dict[str, Any]:
 def measure_job(setup: Setup, *, folder: Path, name: str) -> Pass:
     """One run of the whole job, as ``dspark-batch run`` does it."""
     from dspark_batch.batch.commit import read_output
-    from dspark_batch.batch.engines import ENGINE_FACTORY_VARIABLE
     from dspark_batch.job.loader import dump_config
     from dspark_batch.job.runner import run_job
 
     config, loaded = folder / f"{name}.yaml", folder / f"{name}.loaded"
     config.write_text(dump_config(_config(setup, folder=folder, name=name)), encoding="utf-8")
     started_s = time.perf_counter()
-    environment = {ENGINE_FACTORY_VARIABLE: _FACTORY, LOADED_FILE_VARIABLE: str(loaded)}
-    with changed_environment(environment), (folder / f"{name}.log").open("w", encoding="utf-8") as log:
+    with _environment(loaded), (folder / f"{name}.log").open("w", encoding="utf-8") as log:
         outcome = run_job(config, progress=log)
     whole_s = time.perf_counter() - started_s
     assert outcome.is_success, outcome.text
@@ -211,6 +210,24 @@ def _config(setup: Setup, *, folder: Path, name: str) -> JobConfig:
     from dspark_batch.job.loader import config_from_values
 
     return config_from_values(job_values(setup, folder=folder, name=name), source="benchmark")
+
+
+@contextmanager
+def _environment(loaded: Path) -> Iterator[None]:
+    """The workers of a run that begins here note their engine's loading in ``loaded``."""
+    from dspark_batch.batch.engines import ENGINE_FACTORY_VARIABLE
+
+    values = {ENGINE_FACTORY_VARIABLE: _FACTORY, LOADED_FILE_VARIABLE: str(loaded)}
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def _last_commit_s(output: Path) -> float:

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from dspark_batch.ray_data.environment import LOCAL_SETTINGS
-from dspark_batch.testing.environment import changed_environment
 from dspark_batch.testing.kill_driver import DriverProcess
 
 ACTOR_TITLE = "ray::MapWorker"
@@ -138,3 +137,18 @@ def two_nodes(environment: Mapping[str, str]) -> Iterator[TwoNodes]:
                 yield nodes
             finally:
                 nodes.close()
+
+
+@contextmanager
+def changed_environment(values: Mapping[str, str]) -> Iterator[None]:
+    """Environment variables of this process for the time of the block."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
