@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -65,3 +65,13 @@ class Drafter(Protocol):
         ...
 
     def check_integrity(self) -> None: ...
+
+
+@runtime_checkable
+class MeasuredDrafter(Protocol):
+    """A drafter that was measured before this job."""
+
+    @property
+    def expected_survival(self) -> Sequence[float]:
+        """Share of its drafts that held up to and with each position; () where that is not known."""
+        ...

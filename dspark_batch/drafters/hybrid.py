@@ -12,7 +12,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from dspark_batch.drafters.base import Drafter, DraftRow
+from dspark_batch.drafters.base import Drafter, DraftRow, MeasuredDrafter
 from dspark_batch.tensors import DraftBlock
 
 _FORGET = 0.98
@@ -67,6 +67,11 @@ class HybridDrafter:
         self._job = _Record()
         self._trust = _Record()
         self._promised: dict[int, float] = {}
+
+    @property
+    def expected_survival(self) -> Sequence[float]:
+        """The model's; where looked-up drafts take its place they are thought to be no worse."""
+        return self._model.expected_survival if isinstance(self._model, MeasuredDrafter) else ()
 
     @property
     def taps(self) -> tuple[int, ...]:

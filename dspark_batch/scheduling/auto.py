@@ -66,7 +66,8 @@ class AutoLength:
     max_draft_tokens: γ. cost: None where nothing was measured: then everything is drafted and verified. draft_cost: of
     the drafter, learned where it is not given. may_use_draft: the plan may depend on the drafted tokens (coupled
     verification); one-hot drafts may always. causal_rule: how sampled drafts are cut where it may not: by Algorithm 1,
-    or by the budget that would have been best in the round before.
+    or by the budget that would have been best in the round before. expected_survival: what is known of the drafter
+    from before, by draft position; () for nothing.
     """
 
     def __init__(
@@ -77,6 +78,7 @@ class AutoLength:
         draft_cost: DraftCost | None = None,
         may_use_draft: bool = True,
         causal_rule: CausalRule = "lagged",
+        expected_survival: Sequence[float] = (),
     ) -> None:
         if cost is None:
             logger.warning("schedule auto has no cost table for this target: every draft is made and verified in full")
@@ -85,7 +87,7 @@ class AutoLength:
         self._causal_rule = causal_rule
         self.cost = cost
         self.draft_cost = draft_cost or DraftCost()
-        self._model = SurvivalModel(max_draft_tokens)
+        self._model = SurvivalModel(max_draft_tokens, expected_survival)
         self._gates: dict[int, Gate] = {}
         self._budgets: dict[int, int] = {}
         self._exploration = Exploration()
@@ -336,7 +338,8 @@ class AutoLength:
 
     def _gate(self, load: RoundLoad, limits: Ints) -> Gate:
         """One gate for each octave of rows: what pays in the tail need not pay in a full batch. It begins open where
-        that is promised by what is known of the job, or where a short draft for every row takes next to nothing."""
+        what is known of the job or of the drafter promises a gain, or where a short draft for every row takes next to
+        nothing."""
         num_rows = len(limits)
         octave = num_rows.bit_length()
         if octave not in self._gates:

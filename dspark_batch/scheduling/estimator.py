@@ -22,6 +22,8 @@ _ROW_PRIOR = 8.0
 _PRIOR = 2.0
 _FIRST_CHANCE = 0.7
 _MAX_ROW_POWER = 4.0
+_EXPECTED_DRAFTS = 24.0
+"""Drafts of this job that weigh as much as what was measured before it."""
 
 
 def seen_slots(num_verified: Ints, num_accepted: Ints) -> tuple[Ints, Ints, NDArray[np.bool_]]:
@@ -40,14 +42,25 @@ class AcceptanceHistory:
 
     A position that has been seen little takes the chance of the one before it, so a longer draft is tried as soon as
     the known positions promise it.
+
+    expected: share of drafts that hold up to and with each of the first positions, as measured on other jobs; it counts
+    as a few drafts of this one.
     """
 
-    def __init__(self, num_positions: int) -> None:
+    def __init__(self, num_positions: int, expected: Sequence[float] = ()) -> None:
         self._held = np.zeros(num_positions)
         self._tried = np.zeros(num_positions)
+        known = _EXPECTED_DRAFTS * np.array(expected[:num_positions], np.float64)
+        self._held[: len(known)] = known
+        self._tried[: len(known)] = np.concatenate([[_EXPECTED_DRAFTS], known])[: len(known)]
         self._offered = np.zeros(num_positions)
         self._asked = np.zeros(num_positions)
         self._rows: dict[int, tuple[float, float]] = {}
+
+    @property
+    def num_labels(self) -> float:
+        """What the counts weigh: labels of all positions, faded and expected ones included."""
+        return float(self._tried.sum())
 
     def observe_offers(self, asked: Ints, offered: Ints) -> None:
         """[R] tokens asked of the drafter, and tokens that it drafted."""

@@ -40,13 +40,16 @@ class FlatDraft:
 
 
 class SurvivalModel:
-    """Predicts and learns, for drafters with a confidence, with a margin, or with neither. num_positions: γ."""
+    """Predicts and learns, for drafters with a confidence, with a margin, or with neither.
 
-    def __init__(self, num_positions: int) -> None:
+    num_positions: γ. expected: as for :class:`AcceptanceHistory`. num_labels: seen so far, expected ones included.
+    """
+
+    def __init__(self, num_positions: int, expected: Sequence[float] = ()) -> None:
         self._num_positions = num_positions
-        self.history = AcceptanceHistory(num_positions)
+        self.history = AcceptanceHistory(num_positions, expected)
         self._curves: PositionLogistic | None = None
-        self.num_labels = 0
+        self.num_labels = int(self.history.num_labels)
 
     @property
     def has_signal(self) -> bool:

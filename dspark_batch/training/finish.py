@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from dspark_batch.provenance import device_facts, versions
@@ -57,6 +58,15 @@ def evaluate_and_calibrate(
     for temperature in config.evaluate.temperatures if held_out else ():
         rounds += evaluator.rounds(held_out, temperature=temperature)
     return results, calibrate(rounds, num_slots=evaluator.num_slots)
+
+
+def expected_survival(acceptance: Sequence[Acceptance]) -> tuple[float, ...]:
+    """[K] share of drafts that hold up to and with each position on prompts like those of the training, over all
+    temperatures; over all sets where nothing was held out; () where a position was never drafted."""
+    results = [a for a in acceptance if a.name == HELD_OUT] or acceptance
+    shares = np.array([a.by_position for a in results]).mean(axis=0) if results else np.zeros(0)
+    found: list[float] = np.minimum.accumulate(shares).round(4).tolist()
+    return tuple(found) if all(found) else ()
 
 
 def finished_card(

@@ -19,7 +19,7 @@ from dspark_batch.provenance import atomic_write_text, fingerprint
 from dspark_batch.training.config import TrainConfig
 from dspark_batch.training.curve import CURVE_FILE, draw_curve, read_curve
 from dspark_batch.training.deadline import Deadline, TimeUpError
-from dspark_batch.training.finish import evaluate_and_calibrate, finished_card
+from dspark_batch.training.finish import evaluate_and_calibrate, expected_survival, finished_card
 from dspark_batch.training.generation import Generator, open_generator
 from dspark_batch.training.progress import Progress
 from dspark_batch.training.prompts import job_rows, sample_prompts, table_prompts
@@ -211,10 +211,12 @@ def _draw(folders: Folders, say: Say) -> None:
         say(f"no picture of the loss curve: {error}")
 
 
-def write_drafter(trainer: Trainer, folder: Path, *, temperatures: tuple[float, ...] = ()) -> None:
-    """The trainer's weights as a checkpoint. Raises OSError."""
+def write_drafter(
+    trainer: Trainer, folder: Path, *, temperatures: tuple[float, ...] = (), survival: tuple[float, ...] = ()
+) -> None:
+    """The trainer's weights as a checkpoint, with what its evaluation found. Raises OSError."""
     student = trainer.student
-    config = replace(student.config, confidence_temperatures=temperatures)
+    config = replace(student.config, confidence_temperatures=temperatures, expected_survival=survival)
     save_checkpoint(folder, config, student.parameters, token_ids=student.token_ids)
 
 
@@ -223,8 +225,8 @@ def _evaluate_stage(config: TrainConfig, folders: Folders, say: Say) -> None:
     trainer, target = open_trainer(config, folders, rows)
     write_drafter(trainer, folders.drafter)
     acceptance, calibration = evaluate_and_calibrate(config, folders.drafter, held_out, say=say)
-    if calibration is not None:
-        write_drafter(trainer, folders.drafter, temperatures=calibration.temperatures)
+    temperatures = calibration.temperatures if calibration is not None else ()
+    write_drafter(trainer, folders.drafter, temperatures=temperatures, survival=expected_survival(acceptance))
     finished_card(config, trainer, rows, target, acceptance, calibration, folder=folders.drafter)
     say(f"the drafter is in {folders.drafter}")
     for result in acceptance:

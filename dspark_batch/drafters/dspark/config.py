@@ -7,6 +7,7 @@ in ``dflash_config``. What this drafter does not compute is refused by name.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, cast
@@ -43,7 +44,8 @@ class DSparkConfig:
     within a block, layers with a window attend only to the left.
     rope: the checkpoint's own fields about position embeddings. num_target_layers, target_fingerprint: of the target
     that it was trained for, where the checkpoint tells. confidence_temperatures: per drafted token, what the confidence
-    logits are divided by (STS calibration); () where the checkpoint has none.
+    logits are divided by (STS calibration); () where the checkpoint has none. expected_survival: per drafted token, the
+    share of drafts that held up to and with it when the checkpoint was evaluated; () where that is not told.
     """
 
     hidden_size: int
@@ -69,6 +71,7 @@ class DSparkConfig:
     num_target_layers: int | None = None
     target_fingerprint: str | None = None
     confidence_temperatures: tuple[float, ...] = ()
+    expected_survival: tuple[float, ...] = ()
 
     @property
     def num_draft_tokens(self) -> int:
@@ -137,6 +140,7 @@ def deepspec_fields(config: DSparkConfig) -> dict[str, object]:
         "target_fingerprint": config.target_fingerprint,
         "draft_vocab_size": config.draft_vocab_size if config.is_reduced else None,
         "confidence_temperatures": list(config.confidence_temperatures) or None,
+        "expected_survival": list(config.expected_survival) or None,
         "sliding_window": window,
         "sliding_window_non_causal": None if window is None else not config.causal_windows,
     }
@@ -222,6 +226,7 @@ def _build(top: _Fields, body: _Fields, *, taps: tuple[int, ...], anchor_default
         num_target_layers=top.optional_count("num_target_layers"),
         target_fingerprint=top.optional_text("target_fingerprint"),
         confidence_temperatures=top.positives("confidence_temperatures"),
+        expected_survival=top.positives("expected_survival", at_most=1.0),
     )
     _check(config, top)
     top.raise_problems()
@@ -229,6 +234,7 @@ def _build(top: _Fields, body: _Fields, *, taps: tuple[int, ...], anchor_default
 
 
 def _check(config: DSparkConfig, fields: _Fields) -> None:
+    survival = config.expected_survival
     rules: tuple[tuple[bool, str], ...] = (
         (2 - config.sample_from_anchor <= config.block_size <= MAX_BLOCK_SIZE, f"block_size {config.block_size}"),
         (config.num_heads % config.num_kv_heads == 0, f"{config.num_heads} heads for {config.num_kv_heads} KV heads"),
@@ -239,6 +245,11 @@ def _check(config: DSparkConfig, fields: _Fields) -> None:
             len(config.confidence_temperatures) in (0, config.num_draft_tokens),
             f"{len(config.confidence_temperatures)} confidence_temperatures for {config.num_draft_tokens} draft tokens",
         ),
+        (
+            len(survival) in (0, config.num_draft_tokens),
+            f"expected_survival of {len(survival)} for {config.num_draft_tokens} draft tokens",
+        ),
+        (list(survival) == sorted(survival, reverse=True), f"expected_survival {list(survival)} that rises"),
         (list(config.taps) == sorted(set(config.taps)), f"tapped layers {list(config.taps)} that do not increase"),
     )
     for is_fine, what in rules:
@@ -301,13 +312,13 @@ class _Fields:
         self._wrong(name, "a number above 0", value)
         return default
 
-    def positives(self, name: str) -> tuple[float, ...]:
+    def positives(self, name: str, *, at_most: float = math.inf) -> tuple[float, ...]:
         """An optional list of numbers above 0."""
         found = self.config.get(name)
         value = _as_list(found)
-        if found is None or (value and all(isinstance(x, int | float) and x > 0 for x in value)):
+        if found is None or (value and all(isinstance(x, int | float) and 0 < x <= at_most for x in value)):
             return tuple(float(cast(float, x)) for x in value)
-        self._wrong(name, "a list of numbers above 0", found)
+        self._wrong(name, "a list of numbers above 0" + (f", at most {at_most:g}" if at_most < math.inf else ""), found)
         return ()
 
     def flag(self, name: str, default: bool) -> bool:

@@ -89,6 +89,10 @@ class DSparkDrafter:
         return self.config.num_draft_tokens
 
     @property
+    def expected_survival(self) -> tuple[float, ...]:
+        return self.config.expected_survival
+
+    @property
     def taps(self) -> tuple[int, ...]:
         return self.config.taps
 

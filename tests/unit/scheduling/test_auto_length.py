@@ -144,6 +144,16 @@ def test_a_drafter_as_dear_as_the_target_is_left_alone_and_seldom_tried() -> Non
     assert w.run(1000) >= 0.985 * w.plain_rate()
 
 
+@pytest.mark.parametrize(("expected", "is_first_drafted"), [((), False), ((0.8, 0.6, 0.4), True), ((0.2, 0.1), False)])
+def test_a_dear_drafter_that_is_known_to_pay_drafts_from_the_first_round(
+    expected: tuple[float, ...], is_first_drafted: bool
+) -> None:
+    block = DraftCost([DraftSample(1, 1, 0.0035), DraftSample(1, 3, 0.0035)])
+    policy = AutoLength(max_draft_tokens=3, cost=known_cost(idle), draft_cost=block, expected_survival=expected)
+    policy.draft_lengths(RoundLoad((0,), (3,), num_prefill_tokens=0, num_queued=0))
+    assert (policy.reason is PlanReason.DRAFTED) is is_first_drafted
+
+
 def test_rows_that_accept_get_longer_drafts_than_rows_that_do_not() -> None:
     def step_s(tokens: int, rows: int) -> float:
         return 0.01 + 0.0006 * tokens

@@ -64,3 +64,15 @@ def test_offer_rates_fall_along_the_draft() -> None:
     for _ in range(200):
         history.observe_offers(np.array([3, 3]), np.array([3, 0]))
     np.testing.assert_allclose(history.offer_rates(), 0.5, atol=0.05)
+
+
+def test_it_begins_with_what_was_measured_before_and_gives_way_to_what_is_seen() -> None:
+    history = AcceptanceHistory(6, [0.8, 0.4, 0.2])
+    assert history.num_labels > 16
+    np.testing.assert_allclose(history.survival([0], 3)[0], [0.8, 0.4, 0.2], atol=0.03)
+    play(history, [0.2, 0.2], length=2, rounds=300)
+    assert history.survival([7], 2)[0, 0] < 0.3
+
+
+def test_expectations_beyond_the_longest_draft_are_left_out() -> None:
+    assert AcceptanceHistory(1, [0.8, 0.4]).chances() == pytest.approx([0.8], abs=0.02)

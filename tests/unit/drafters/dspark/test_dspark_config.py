@@ -24,6 +24,7 @@ def deepspec(**overrides: Any) -> dict[str, Any]:
         {"windows": (None, 9), "causal_windows": True},
         {"windows": (9, 9)},
         {"target_fingerprint": "abc", "num_target_layers": 4},
+        {"confidence_temperatures": (1.0, 0.5, 2.0, 1.0, 1.0), "expected_survival": (0.9, 0.5, 0.5, 0.2, 0.1)},
     ],
 )
 def test_both_layouts_give_the_config_that_was_written(tmp_path: Path, overrides: dict[str, Any]) -> None:
@@ -33,7 +34,9 @@ def test_both_layouts_give_the_config_that_was_written(tmp_path: Path, overrides
     )
     save_speculators_drafter(tmp_path, random_drafter(config))
     nested = dspark_config(json.loads((tmp_path / "config.json").read_text()), where="here")
-    assert nested == tiny_drafter_config(**{**overrides, "target_fingerprint": None, "num_target_layers": None})
+    only_ours = {"target_fingerprint": None, "num_target_layers": None}
+    only_ours |= {"confidence_temperatures": (), "expected_survival": ()}
+    assert nested == tiny_drafter_config(**{**overrides, **only_ours})
 
 
 def test_layer_numbers_of_the_speculators_layout_are_one_higher(tmp_path: Path) -> None:
@@ -94,3 +97,12 @@ def test_every_senseless_field_is_named_at_once() -> None:
     assert "some/config.json" in message
     for part in ("hidden_size", "block_size", "'six'", "mask_token_id 61", "[3, 1]", "'lstm'", "layer_types", "'yes'"):
         assert part in message
+
+
+@pytest.mark.parametrize(
+    ("survival", "named"),
+    [([0.5, 0.4], "expected_survival of 2 for 5"), ([0.5, 0.6, 0.1, 0.1, 0.1], "that rises"), ([1.5], "at most 1")],
+)
+def test_senseless_expectations_are_refused(survival: list[float], named: str) -> None:
+    with pytest.raises(ModelError, match=named):
+        dspark_config(deepspec(expected_survival=survival), where="here")
