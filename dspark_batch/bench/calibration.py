@@ -85,15 +85,12 @@ def record_rounds(
         ConfigError, ModelError: the drafter cannot be made.
         ValueError: a request failed.
     """
-    from dspark_batch.drafters.dspark.drafter import DSparkDrafter
     from dspark_batch.engine.drafter_factory import make_drafter
     from dspark_batch.engine.engine import BatchEngine
     from dspark_batch.scheduling.policies import FixedLength
     from dspark_batch.scheduling.traces import TraceRecorder
 
     drafter = make_drafter(config, loaded.target, target_fingerprint=loaded.fingerprint)
-    if isinstance(drafter, DSparkDrafter):
-        drafter.gives_margins = True
     recorder = TraceRecorder(FixedLength(drafter.max_draft_tokens))
     with BatchEngine(loaded, config, drafter=drafter, policy=recorder) as engine:
         for result in engine.stream(requests):

@@ -250,7 +250,7 @@ class AutoLength:
         assert current.flat is not None, "set by verify_plan"
         flat, num_rows = current.flat, len(load.handles)
         draft_s = self.draft_cost.seconds(int(np.count_nonzero(current.asked)), int(current.asked.max()))
-        admitted = self._admit(load, survival, draft_s, is_legal=is_legal or flat.signal is None)
+        admitted = self._admit(load, survival, draft_s, is_legal=is_legal or flat.features is None)
         lengths: Ints = np.bincount(flat.row[admitted.mask], minlength=num_rows)
         if not current.may_follow:
             explored = self._exploration.next_row(num_rows)

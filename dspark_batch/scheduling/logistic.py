@@ -1,14 +1,14 @@
-"""A logistic curve for every draft position, fitted online: from a signal of the drafter to a chance of acceptance.
+"""The chance of every drafted token, fitted online: a logistic regression on what the drafter says of it.
 
-The signal is the lead of the draft's best token over the next one (the top-2 margin), for drafters that have logits and
-no confidence head, or the head's own confidence, which it then corrects. Fitting such a curve to the margin online was
-reported to rank better than a trained head (vLLM, online acceptance estimator).
+It says one or both of: a **confidence** (a trained head's, or counts), and the **margin**, by which the draft's best
+score leads the next one. Each adds to the other: the head has seen the target's features, the margin knows the draft.
+Fitting a curve to the margin online was reported to rank better than a trained head (vLLM, online acceptance
+estimator).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,112 +17,143 @@ Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]
 
-_PREDECESSOR_WEIGHT = 0.2
-"""Of each earlier signal of the same draft in the x of a position. Rows and places differ in ease, and a noisy signal
-does not say all of it: without its predecessors, products of chances are too low for easy drafts and too high for hard
-ones."""
+_PREDECESSOR_WEIGHT = 0.1
+"""Of each earlier token's signal in that of a token of the same draft. Rows and places differ in ease, and a noisy
+signal does not say all of it: without its predecessors, products of chances are too low for easy drafts and too high
+for hard ones."""
 
 _MEMORY_LABELS = 4000.0
-"""Labels that a position remembers; older ones fade."""
+"""Labels for each position that are remembered; older ones fade."""
 
-_POSITION_WEIGHT = 8.0
-_PRIOR_WEIGHT = 8.0
+_SHARED_PRIOR_WEIGHT = 1.0
+_OWN_PRIOR_WEIGHT = 8.0
 _LABELS_PER_FIT = 24
-_GROWTH_PER_FIT = 0.1
-_NEWTON_STEPS = 4
+_GROWTH_PER_FIT = 0.05
+_NEWTON_STEPS = 8
 _LARGEST_STEP = 1.5
+_SMALLEST_STEP = 1e-3
 _EPSILON = 1e-4
 
-
-@dataclass(frozen=True, slots=True)
-class Signal:
-    """transform: [N] signals -> [N] numbers x of order 1. edges: of the bins in which x is counted. bias, slope: the
-    curve sigmoid(bias + slope x) that is assumed before anything was seen."""
-
-    transform: Callable[[Floats], Floats]
-    edges: tuple[float, ...]
-    bias: float
-    slope: float
+_PRIORS = {
+    (True, False): (-0.3, 1.0),
+    (False, True): (-0.8, 1.4, 0.0),
+    (True, True): (-0.8, 0.5, 0.7, 0.0),
+}
+"""Weights of the features before anything was seen, by has_confidence and has_margin. Until it is checked, a drafter's
+word counts for a little less than it says."""
 
 
-def _log_margin(margin: Floats) -> Floats:
-    out: Floats = np.log1p(np.maximum(margin, 0.0))
-    return out
+def prior_weights(*, has_confidence: bool, has_margin: bool) -> tuple[float, ...]:
+    """[D] weights of the columns of :func:`token_features`, for a drafter that says at least one of the two."""
+    return _PRIORS[has_confidence, has_margin]
 
 
-def _logit(confidence: Floats) -> Floats:
-    clipped = np.clip(confidence, _EPSILON, 1 - _EPSILON)
-    out: Floats = np.log(clipped) - np.log1p(-clipped)
-    return out
+def token_features(position: Ints, *, confidence: Floats | None, margin: Floats | None) -> Floats:
+    """[N] draft positions, and what was said of the tokens there, [N] each -> [N, D].
 
-
-MARGIN = Signal(_log_margin, tuple(np.linspace(0.1, 3.1, 16).tolist()), bias=-0.8, slope=1.4)
-CONFIDENCE = Signal(_logit, tuple(np.linspace(-4.0, 6.0, 21).tolist()), bias=-0.3, slope=1.0)
-"""Confidences are believed but for a little: until it is checked, a drafter's word counts for less."""
+    Flat arrays hold one draft after the other, positions rising by one within each. A token's features depend on
+    nothing after it. The margin's curve is not quite a logistic one, so its square is a feature too.
+    """
+    columns: list[Floats] = [np.ones(len(position))]
+    if confidence is not None:
+        chance = np.clip(confidence, _EPSILON, 1 - _EPSILON)
+        columns.append(with_predecessors(np.log(chance) - np.log1p(-chance), position))
+    if margin is not None:
+        lead = with_predecessors(np.log1p(np.maximum(margin, 0.0)), position)
+        columns += [lead, lead * lead]
+    return np.stack(columns, axis=1)
 
 
 class PositionLogistic:
-    """P(position k holds | those before it hold) = sigmoid(bias_k + slope_k x), for K positions.
+    """P(token at position k holds | those before it hold) = sigmoid((w + d_k) · features), for K positions.
 
-    x is the mean of the transformed signals up to k, the earlier ones of the same draft with a small weight; so it
-    depends on nothing after k. Flat arrays hold one draft after the other, positions rising by one within each.
+    w is shared and d_k, which is pulled to zero, is the position's own; so positions with few labels lean on the
+    others. prior: [D] where w is pulled to.
 
-    Labels are counted in bins of x, so a fit costs the same however many there were. A position with few labels leans
-    on the fit over all positions, and that on the signal's prior.
+    The posterior is kept as a Gaussian (its mode and curvature), so old labels need not be kept: each fit is a
+    penalised maximum likelihood of the new ones, by Newton's method.
     """
 
-    def __init__(self, num_positions: int, signal: Signal) -> None:
-        self._signal = signal
-        self._edges = np.array(signal.edges)
-        shape = (num_positions, len(signal.edges) + 1)
-        self._tried, self._held, self._sum_x = np.zeros(shape), np.zeros(shape), np.zeros(shape)
-        self._prior: Floats = np.array([[signal.bias, signal.slope]])
-        self._all = self._prior.copy()
-        self._curves: Floats = np.repeat(self._prior, num_positions, axis=0)
-        self._num_since_fit = 0
+    def __init__(self, num_positions: int, prior: Sequence[float]) -> None:
+        self._num_positions, self._num_features = num_positions, len(prior)
+        size = (num_positions + 1) * len(prior)
+        self._mode: Floats = np.zeros(size)
+        self._mode[: len(prior)] = prior
+        weight = np.full(size, _OWN_PRIOR_WEIGHT)
+        weight[: len(prior)] = _SHARED_PRIOR_WEIGHT
+        self._prior_precision: Floats = np.diag(weight)
+        self._precision = self._prior_precision.copy()
+        self._num_labels = 0.0
+        self._waiting: list[tuple[Floats, Ints, Bools]] = []
+        self._num_waiting = 0
 
-    def chances(self, signal: Floats, position: Ints) -> Floats:
-        """[N] signals at [N] draft positions -> [N] conditional chances."""
-        due = max(_LABELS_PER_FIT, _GROWTH_PER_FIT * float(self._tried.sum()))
-        if self._num_since_fit >= due:
-            self.fit()
-        x = with_predecessors(self._signal.transform(signal), position)
-        return _sigmoid(self._curves[position, 0] + self._curves[position, 1] * x)
+    def chances(self, features: Floats, position: Ints) -> Floats:
+        """[N, D] features at [N] draft positions -> [N] conditional chances."""
+        return _sigmoid((features * self.weights[position]).sum(1))
 
-    def observe(self, signal: Floats, position: Ints, held: Bools) -> None:
-        """[N] signals of tokens that were reached (verified, and all before them held), and whether they held."""
-        if not len(signal):
+    def observe(self, features: Floats, position: Ints, held: Bools) -> None:
+        """[N, D], [N], [N] of tokens that were reached (verified, and all before them held), and whether they held."""
+        if not len(position):
             return
-        x = with_predecessors(self._signal.transform(signal), position)
-        num_positions, num_bins = self._tried.shape
-        flat = position * num_bins + np.searchsorted(self._edges, x)
-        size = num_positions * num_bins
-        new = np.bincount(flat, minlength=size).reshape(num_positions, num_bins)
-        total = self._tried.sum(1) + new.sum(1)
-        fade = np.minimum(1.0, _MEMORY_LABELS / np.maximum(total, 1.0))[:, None]
-        self._tried = fade * (self._tried + new)
-        self._held = fade * (self._held + np.bincount(flat, held, minlength=size).reshape(new.shape))
-        self._sum_x = fade * (self._sum_x + np.bincount(flat, x, minlength=size).reshape(new.shape))
-        self._num_since_fit += len(signal)
+        self._waiting.append((features, position, held))
+        self._num_waiting += len(position)
+        if self._num_waiting >= max(_LABELS_PER_FIT, _GROWTH_PER_FIT * self._num_labels):
+            self.fit()
 
     def age(self) -> None:
         """Trust what was counted half as much: drafting paused, and things may have changed."""
-        for counts in (self._tried, self._held, self._sum_x):
-            counts *= 0.5
+        self.fit()
+        self._fade(0.5)
 
     def fit(self) -> None:
-        """Bring the curves up to date. ``chances`` does so by itself every so many labels."""
-        self._num_since_fit = 0
-        pooled = [counts.sum(0, keepdims=True) for counts in (self._tried, self._held, self._sum_x)]
-        self._all = fit_curves(*pooled, prior=self._prior, weight=_PRIOR_WEIGHT, start=self._all)
-        self._curves = fit_curves(
-            self._tried, self._held, self._sum_x, prior=self._all, weight=_POSITION_WEIGHT, start=self._curves
-        )
+        """Bring the weights up to date. ``observe`` does so by itself every so many labels."""
+        if not self._waiting:
+            return
+        features, position, held = (np.concatenate(parts) for parts in zip(*self._waiting, strict=True))
+        self._waiting, self._num_waiting = [], 0
+        self._num_labels += len(position)
+        most = _MEMORY_LABELS * self._num_positions
+        if self._num_labels > most:
+            self._fade(most / self._num_labels)
+        is_at: Floats = (position == np.arange(self._num_positions)[:, None]).astype(np.float64)
+        squares = (features[:, :, None] * features[:, None, :]).reshape(len(position), -1)
+        mode, precision = self._mode, self._precision
+        for _ in range(_NEWTON_STEPS):
+            chance = _sigmoid((features * self._by_position(mode)[position]).sum(1))
+            miss = is_at @ (features * (chance - held)[:, None])
+            spread = is_at @ (squares * (chance * (1 - chance))[:, None])
+            slope = np.concatenate([miss.sum(0), miss.ravel()]) + self._precision @ (mode - self._mode)
+            precision = self._precision + self._arrow(spread)
+            step = np.linalg.solve(precision, slope)
+            largest = float(np.abs(step).max())
+            mode = mode - step * min(1.0, _LARGEST_STEP / largest) if largest else mode
+            if largest < _SMALLEST_STEP:
+                break
+        self._mode, self._precision = mode, precision
 
     @property
-    def curves(self) -> Floats:
-        """[K, 2]: bias and slope of each position."""
-        return self._curves
+    def weights(self) -> Floats:
+        """[K, D] of the features at each position."""
+        return self._by_position(self._mode)
+
+    def _by_position(self, mode: Floats) -> Floats:
+        parts = mode.reshape(self._num_positions + 1, self._num_features)
+        out: Floats = parts[0] + parts[1:]
+        return out
+
+    def _arrow(self, spread: Floats) -> Floats:
+        """[K, D * D] curvatures of the positions -> [(K + 1) D, (K + 1) D] of the shared and the own weights."""
+        num, size = self._num_positions, self._num_features
+        blocks = spread.reshape(num, size, size)
+        out = np.zeros((num + 1, size, num + 1, size))
+        own = np.arange(1, num + 1)
+        out[0, :, 0, :] = blocks.sum(0)
+        out[own, :, own, :] = out[own, :, 0, :] = out[0, :, own, :] = blocks
+        return out.reshape((num + 1) * size, -1)
+
+    def _fade(self, factor: float) -> None:
+        self._num_labels *= factor
+        self._precision = self._prior_precision + factor * (self._precision - self._prior_precision)
 
 
 def with_predecessors(x: Floats, position: Ints) -> Floats:
@@ -136,27 +167,6 @@ def with_predecessors(x: Floats, position: Ints) -> Floats:
     weight = _PREDECESSOR_WEIGHT * (np.arange(len(x)) - first)
     out: Floats = (x + _PREDECESSOR_WEIGHT * before) / (1.0 + weight)
     return out
-
-
-def fit_curves(tried: Floats, held: Floats, sum_x: Floats, *, prior: Floats, weight: float, start: Floats) -> Floats:
-    """Penalised maximum likelihood of K logistic curves by Newton's method, [K, 2]: bias and slope.
-
-    tried, held, sum_x: [K, B], labels in each bin, those that held, and the sum of their x. prior: [1 or K, 2], to
-    which ``weight`` / 2 times the squared distance pulls. start: [K, 2], from where a few steps are taken.
-    """
-    x = sum_x / np.maximum(tried, 1e-9)
-    curves = start.copy()
-    for _ in range(_NEWTON_STEPS):
-        chance = _sigmoid(curves[:, :1] + curves[:, 1:] * x)
-        miss = tried * chance - held
-        pull = weight * (curves - prior)
-        slope_b, slope_a = miss.sum(1) + pull[:, 0], (miss * x).sum(1) + pull[:, 1]
-        spread = tried * chance * (1 - chance)
-        bb, ba, aa = spread.sum(1) + weight, (spread * x).sum(1), (spread * x * x).sum(1) + weight
-        determinant = bb * aa - ba * ba
-        step = np.stack((aa * slope_b - ba * slope_a, bb * slope_a - ba * slope_b), axis=1) / determinant[:, None]
-        curves -= np.clip(step, -_LARGEST_STEP, _LARGEST_STEP)
-    return curves
 
 
 def _sigmoid(x: Floats) -> Floats:

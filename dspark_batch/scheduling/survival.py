@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dspark_batch.scheduling.estimator import AcceptanceHistory, seen_slots
-from dspark_batch.scheduling.logistic import CONFIDENCE, MARGIN, PositionLogistic
+from dspark_batch.scheduling.logistic import PositionLogistic, prior_weights, token_features
 from dspark_batch.tensors import DraftBlock
 
 Floats = NDArray[np.float64]
@@ -21,22 +21,23 @@ Ints = NDArray[np.int64]
 class FlatDraft:
     """The drafted tokens of a round in one row after another, N in all.
 
-    offered: [R] tokens of each row. row, position: [N]. signal: [N] what the drafter says of each token, or None.
+    offered: [R] tokens of each row. row, position: [N]. features: [N, D] of what the drafter says of each token, or
+    None where it says nothing.
     """
 
     offered: Ints
     row: Ints
     position: Ints
-    signal: Floats | None
+    features: Floats | None
 
     @classmethod
     def of(cls, draft: DraftBlock) -> FlatDraft:
         offered = np.fromiter(map(len, draft.token_ids), np.int64, len(draft.token_ids))
-        said = draft.confidence if draft.confidence is not None else draft.margin
-        signal = None
-        if said is not None:
-            signal = np.fromiter(chain.from_iterable(said), np.float64, int(offered.sum()))
-        return cls(offered, np.repeat(np.arange(len(offered)), offered), positions(offered), signal)
+        position, features = positions(offered), None
+        if draft.confidence is not None or draft.margin is not None:
+            confidence, margin = (_flat(said, len(position)) for said in (draft.confidence, draft.margin))
+            features = token_features(position, confidence=confidence, margin=margin)
+        return cls(offered, np.repeat(np.arange(len(offered)), offered), position, features)
 
 
 class SurvivalModel:
@@ -58,17 +59,18 @@ class SurvivalModel:
 
     def see(self, draft: DraftBlock, flat: FlatDraft, asked: Ints) -> None:
         """Call once for every draft. asked: [R] tokens that were asked for."""
-        if flat.signal is not None and self._curves is None:
-            self._curves = PositionLogistic(self._num_positions, CONFIDENCE if draft.confidence else MARGIN)
+        if flat.features is not None and self._curves is None:
+            prior = prior_weights(has_confidence=draft.confidence is not None, has_margin=draft.margin is not None)
+            self._curves = PositionLogistic(self._num_positions, prior)
         if asked.any():
             self.history.observe_offers(asked, flat.offered)
 
     def of_draft(self, handles: Sequence[int], flat: FlatDraft) -> Floats:
         """[N] chance that each drafted token stands with all before it in its row; never rises within a row."""
-        if flat.signal is None or self._curves is None:
+        if flat.features is None or self._curves is None:
             by_position = self.history.survival(handles, self._num_positions)
             return by_position[flat.row, flat.position]
-        chances = self._curves.chances(flat.signal, flat.position)
+        chances = self._curves.chances(flat.features, flat.position)
         return running_product(chances, flat.offered)
 
     def age(self) -> None:
@@ -81,10 +83,14 @@ class SurvivalModel:
         """[R] positions of each row whose outcome is known, and how many of them held."""
         self.num_labels += int(num_tried.sum())
         self.history.observe(handles, num_tried, num_held)
-        if flat.signal is not None and self._curves is not None:
+        if flat.features is not None and self._curves is not None:
             row, position, held = seen_slots(num_tried, num_held)
             first = np.cumsum(flat.offered) - flat.offered
-            self._curves.observe(flat.signal[first[row] + position], position, held)
+            self._curves.observe(flat.features[first[row] + position], position, held)
+
+
+def _flat(said: Sequence[Sequence[float]] | None, count: int) -> Floats | None:
+    return None if said is None else np.fromiter(chain.from_iterable(said), np.float64, count)
 
 
 def positions(lengths: Ints) -> Ints:

@@ -58,7 +58,7 @@ class DraftSampler:
     position (coupled verification draws with the same, so that close distributions give equal tokens). Without it,
     tokens come from the row's draft stream and the distributions that they were drawn from are kept.
 
-    rounds: per row, a counter that no two rounds of the row share. keeps_margins: note the lead of every best score.
+    rounds: per row, a counter that no two rounds of the row share.
     """
 
     def __init__(
@@ -70,9 +70,8 @@ class DraftSampler:
         rounds: Sequence[int],
         num_slots: int,
         device: torch.device,
-        keeps_margins: bool = False,
     ) -> None:
-        self._margins: list[Tensor] | None = [] if keeps_margins else None
+        self._margins: list[Tensor] = []
         self._rows, self._vocabulary, self._shared_noise = rows, vocabulary, shared_noise
         self._num_slots, self._device = num_slots, device
         self._keys = self._index([row.noise_key for row in rows])
@@ -97,8 +96,7 @@ class DraftSampler:
     def draw(self, logits: Tensor, slot: int) -> Tensor:
         """Target token ids [R] of one slot. Takes ``logits`` [R, Vd] float32 over. Slots come in order."""
         self._penalise(logits)
-        if self._margins is not None:
-            self._margins.append(top2_margin(logits))
+        self._margins.append(top2_margin(logits))
         if self._uniforms is not None:
             columns = self._draw_kept(logits, self._uniforms[:, slot])
         else:
@@ -123,13 +121,11 @@ class DraftSampler:
             for r, row in enumerate(self._rows)
         ]
 
-    def margins(self) -> list[list[float]] | None:
-        """Per row, every slot's lead as ``DraftBlock.margin`` says; None unless asked for.
+    def margins(self) -> list[list[float]]:
+        """Per row, the lead of every slot's best score, as ``DraftBlock.margin`` says.
 
         Without shared noise it is the lead of the logits, whatever was drawn: it must not depend on the slot's token.
         """
-        if self._margins is None:
-            return None
         out: list[list[float]] = torch.stack(self._margins, dim=1).tolist()
         return out
 
@@ -151,8 +147,7 @@ class DraftSampler:
 
     def _note_margins(self, scores: Tensor, index: Tensor) -> None:
         """Replace the slot's margins of some rows by those of their noisy scores [n, C]."""
-        if self._margins is not None:
-            self._margins[-1][index] = top2_margin(scores)
+        self._margins[-1][index] = top2_margin(scores)
 
     def _noise(self, index: Tensor, slot: int, columns: Tensor) -> Tensor:
         """The noise that verification adds to the same tokens at the same positions."""

@@ -34,7 +34,6 @@ class DSparkDrafter:
 
     shared_noise: draw with the target's own noise (coupled verification). Otherwise draw from the drafter's stream and
     hand out the draft distributions, which token and block verification need.
-    gives_margins: hand out the lead of every drafted token; None: only where the checkpoint has no confidence head.
     num_context_tokens: the context memory of all rows, in positions; None: a little more than the target's KV pool has,
     on a GPU at most half of the memory that is free.
     """
@@ -47,7 +46,6 @@ class DSparkDrafter:
         parts: TargetParts,
         *,
         shared_noise: bool = True,
-        gives_margins: bool | None = None,
         num_context_tokens: int | None = None,
         pending_limit_bytes: int = _PENDING_LIMIT_BYTES,
         where: str = "the drafter",
@@ -56,7 +54,6 @@ class DSparkDrafter:
         self.config = config
         self._parts = parts
         self._shared_noise = shared_noise
-        self.gives_margins = not config.has_confidence if gives_margins is None else gives_margins
         self.model = DSparkModel(weights, parts, where=where)
         if num_context_tokens is None:
             num_context_tokens = _affordable_tokens(weights, parts)
@@ -113,7 +110,7 @@ class DSparkDrafter:
                 assert context.num_known == len(row.token_ids) - 1, "invariant 5: context ends just before the anchor"
                 chosen.append(r)
                 contexts.append(context)
-        out = _Collector(len(rows), has_confidence=self.config.has_confidence, has_margins=self.gives_margins)
+        out = _Collector(len(rows), has_confidence=self.config.has_confidence)
         if not chosen:
             return out.block()
         self.model.extend(self.cache, contexts)
@@ -160,7 +157,6 @@ class DSparkDrafter:
             rounds=rounds,
             num_slots=self.config.num_draft_tokens,
             device=self._parts.device,
-            keeps_margins=self.gives_margins,
         )
         anchors = torch.tensor([row.token_ids[-1] for row in rows]).to(self._parts.device)
         drafted = self.model.draft(hidden, anchors, sampler.draw)
@@ -178,11 +174,11 @@ class DSparkDrafter:
 class _Collector:
     """Gathers the parts of a round into one ``DraftBlock``; rows without a draft stay empty."""
 
-    def __init__(self, num_rows: int, *, has_confidence: bool, has_margins: bool) -> None:
+    def __init__(self, num_rows: int, *, has_confidence: bool) -> None:
         self._token_ids: list[list[int]] = [[] for _ in range(num_rows)]
         self._probs: list[Tensor | None] = [None] * num_rows
         self._confidence: list[list[float]] | None = [[] for _ in range(num_rows)] if has_confidence else None
-        self._margins: list[list[float]] | None = [[] for _ in range(num_rows)] if has_margins else None
+        self._margins: list[list[float]] = [[] for _ in range(num_rows)]
         self._has_probs = False
 
     def add(
@@ -192,7 +188,7 @@ class _Collector:
         token_ids: list[list[int]],
         probs: list[Tensor | None] | None,
         confidence: list[list[float]] | None,
-        margins: list[list[float]] | None,
+        margins: list[list[float]],
     ) -> None:
         for i, (r, length) in enumerate(zip(index, lengths, strict=True)):
             self._token_ids[r] = token_ids[i][:length]
@@ -201,8 +197,7 @@ class _Collector:
                 self._has_probs = True
             if self._confidence is not None and confidence is not None:
                 self._confidence[r] = confidence[i][:length]
-            if self._margins is not None and margins is not None:
-                self._margins[r] = margins[i][:length]
+            self._margins[r] = margins[i][:length]
 
     def block(self) -> DraftBlock:
         return DraftBlock(

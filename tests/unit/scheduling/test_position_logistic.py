@@ -9,10 +9,31 @@ from numpy.typing import NDArray
 from dspark_batch.scheduling.calibration import auc, expected_calibration_error
 from dspark_batch.scheduling.estimator import seen_slots
 from dspark_batch.scheduling.exploration import Exploration
-from dspark_batch.scheduling.logistic import CONFIDENCE, MARGIN, PositionLogistic, fit_curves, with_predecessors
+from dspark_batch.scheduling.logistic import PositionLogistic, prior_weights, token_features, with_predecessors
 from dspark_batch.scheduling.simulator.acceptance import ParametricAcceptance
 
 Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+Bools = NDArray[np.bool_]
+
+
+class OneSignal:
+    """``PositionLogistic`` for one of the two signals alone."""
+
+    def __init__(self, num_positions: int, name: str) -> None:
+        self.is_confidence = name == "confidence"
+        prior = prior_weights(has_confidence=self.is_confidence, has_margin=not self.is_confidence)
+        self.curves = PositionLogistic(num_positions, prior)
+
+    def features(self, said: Floats, position: Ints) -> Floats:
+        both = {"confidence": said if self.is_confidence else None, "margin": None if self.is_confidence else said}
+        return token_features(position, **both)
+
+    def chances(self, said: Floats, position: Ints) -> Floats:
+        return self.curves.chances(self.features(said, position), position)
+
+    def observe(self, said: Floats, position: Ints, held: Bools) -> None:
+        self.curves.observe(self.features(said, position), position, held)
 
 
 def sigmoid(x: Floats) -> Floats:
@@ -20,28 +41,68 @@ def sigmoid(x: Floats) -> Floats:
     return out
 
 
-def slow_fit(x: Floats, held: Floats, prior: Floats, weight: float) -> Floats:
-    """Gradient descent on the same penalised likelihood, one label at a time in the sum."""
-    curve = prior.copy()
-    for _ in range(3_000):
-        miss = sigmoid(curve[0] + curve[1] * x) - held
-        gradient = np.array([miss.sum(), (miss * x).sum()]) + weight * (curve - prior)
-        curve -= 2.0 / (len(x) + weight) * gradient
-    return curve
+def slow_fit(features: Floats, position: Ints, held: Floats, prior: Floats, num_positions: int) -> Floats:
+    """Gradient descent on the penalised likelihood of shared and own weights, all labels at once: [K, D]."""
+    shared, own = prior.copy(), np.zeros((num_positions, len(prior)))
+    rate = 0.5 / (len(held) + 8.0)
+    for _ in range(20_000):
+        miss = sigmoid((features * (shared + own[position])).sum(1)) - held
+        each = np.zeros_like(own)
+        np.add.at(each, position, features * miss[:, None])
+        shared, own = shared - rate * (each.sum(0) + 1.0 * (shared - prior)), own - rate * (each + 8.0 * own)
+    return shared + own
 
 
-def test_newton_finds_what_gradient_descent_finds() -> None:
-    random = np.random.default_rng(1)
-    prior = np.array([-0.5, 1.0])
-    for num_labels in (3, 40, 300):
-        x = random.choice([0.2, 0.9, 1.7], num_labels)
-        held = (random.random(num_labels) < sigmoid(-1.0 + 1.5 * x)).astype(float)
-        bins = np.searchsorted([0.5, 1.2], x)
-        tried, hits, sums = (np.bincount(bins, w, minlength=3)[None] for w in (np.ones(num_labels), held, x))
-        start = np.array([[0.0, 0.0]])
-        for _ in range(5):
-            start = fit_curves(tried, hits, sums, prior=prior[None], weight=2.0, start=start)
-        np.testing.assert_allclose(start[0], slow_fit(x, held, prior, 2.0), atol=2e-3)
+@pytest.mark.parametrize("num_labels", [3, 40, 300])
+def test_one_fit_finds_what_gradient_descent_finds(num_labels: int) -> None:
+    random = np.random.default_rng(num_labels)
+    prior = np.array(prior_weights(has_confidence=True, has_margin=False))
+    position = random.integers(0, 3, num_labels)
+    features = np.stack([np.ones(num_labels), random.normal(size=num_labels)], axis=1)
+    held = random.random(num_labels) < sigmoid(-1.0 + (0.5 + position) * features[:, 1])
+    curves = PositionLogistic(3, prior.tolist())
+    curves.observe(features, position, held)
+    curves.fit()
+    expected = slow_fit(features, position, held.astype(float), prior, 3)
+    np.testing.assert_allclose(curves.weights, expected, atol=5e-3)
+
+
+def test_many_small_fits_come_to_what_one_fit_finds() -> None:
+    random = np.random.default_rng(9)
+    position = random.integers(0, 2, 3000)
+    features = np.stack([np.ones(3000), random.normal(size=3000)], axis=1)
+    held = random.random(3000) < sigmoid(0.3 + 0.8 * features[:, 1])
+    bit_by_bit, at_once = PositionLogistic(2, (0.0, 1.0)), PositionLogistic(2, (0.0, 1.0))
+    at_once.observe(features, position, held)
+    at_once.fit()
+    for part in np.array_split(np.arange(3000), 90):
+        bit_by_bit.observe(features[part], position[part], held[part])
+    bit_by_bit.fit()
+    np.testing.assert_allclose(bit_by_bit.weights, at_once.weights, atol=0.02)
+
+
+def test_a_margin_and_a_confidence_say_more_than_either() -> None:
+    random = np.random.default_rng(11)
+    areas = {}
+    for kind in ((True, False), (False, True), (True, True)):
+        curves = PositionLogistic(1, prior_weights(has_confidence=kind[0], has_margin=kind[1]))
+        random = np.random.default_rng(11)
+        said, happened = [], []
+        for number in range(200):
+            confidence, margin = random.random(32), random.exponential(2.0, 32)
+            held = random.random(32) < sigmoid(3.0 * (confidence - 0.5) + 1.5 * (np.log1p(margin) - 1.0))
+            at = np.zeros(32, np.int64)
+            features = token_features(
+                at, confidence=confidence if kind[0] else None, margin=margin if kind[1] else None
+            )
+            if number > 50:
+                said.append(curves.chances(features, at))
+                happened.append(held)
+            curves.observe(features, at, held)
+        area = auc(np.concatenate(said), np.concatenate(happened))
+        assert area is not None
+        areas[kind] = area
+    assert areas[True, True] > max(areas[True, False], areas[False, True]) + 0.02
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -62,7 +123,7 @@ def test_it_learns_every_position_from_censored_labels() -> None:
     """Rounds are cut at random, and a rejection hides all later positions; curves differ by position."""
     random = np.random.default_rng(2)
     truth = np.array([[-1.0, 2.0], [-0.5, 1.2], [-1.5, 1.0]])
-    curves = PositionLogistic(3, MARGIN)
+    curves = OneSignal(3, "margin")
     said, stood = [], []
     for number in range(900):
         margin: Floats = random.exponential(4.0, (16, 3))
@@ -87,7 +148,7 @@ def test_it_learns_every_position_from_censored_labels() -> None:
 def test_a_position_leans_on_those_before_it_in_its_draft_and_on_no_other(seed: int) -> None:
     random = np.random.default_rng(seed)
     drafts = [random.normal(size=int(random.integers(1, 7))) for _ in range(9)]
-    expected = [(x + 0.2 * sum(draft[:k])) / (1 + 0.2 * k) for draft in drafts for k, x in enumerate(draft.tolist())]
+    expected = [(x + 0.1 * sum(draft[:k])) / (1 + 0.1 * k) for draft in drafts for k, x in enumerate(draft.tolist())]
     position = np.concatenate([np.arange(len(draft)) for draft in drafts])
     np.testing.assert_allclose(with_predecessors(np.concatenate(drafts), position), expected)
     assert len(with_predecessors(np.zeros(0), np.zeros(0, np.int64))) == 0
@@ -96,7 +157,7 @@ def test_a_position_leans_on_those_before_it_in_its_draft_and_on_no_other(seed: 
 def test_products_are_calibrated_where_drafts_differ_in_more_than_their_signals_say() -> None:
     """Half of the rows are easy, half hard, and what is said about a token is blurred."""
     model = ParametricAcceptance((0.75,) * 5, row_spread=0.3, groups=(1.2, -1.2), confidence_noise=1.0, seed=3)
-    curves = PositionLogistic(5, CONFIDENCE)
+    curves = OneSignal(5, "confidence")
     said, held = [], []
     for number in range(500):
         drafts = model.draft(range(16), np.full(16, 5))
@@ -114,16 +175,16 @@ def test_products_are_calibrated_where_drafts_differ_in_more_than_their_signals_
 
 def test_a_position_without_labels_follows_the_others() -> None:
     random = np.random.default_rng(3)
-    curves = PositionLogistic(4, MARGIN)
+    curves = OneSignal(4, "margin")
     margin: Floats = random.exponential(3.0, 4000)
     curves.observe(margin, np.zeros(4000, np.int64), random.random(4000) < 0.2)
-    curves.fit()
+    curves.curves.fit()
     assert curves.chances(np.array([3.0]), np.array([3]))[0] == pytest.approx(0.2, abs=0.08)
 
 
 def test_a_boasting_head_is_believed_less_the_more_it_is_seen_to_boast() -> None:
     random = np.random.default_rng(4)
-    curves = PositionLogistic(2, CONFIDENCE)
+    curves = OneSignal(2, "confidence")
     said = np.full(400, 0.9)
     before = curves.chances(said[:1], np.array([0]))[0]
     assert 0.8 < before < 0.9
@@ -133,7 +194,7 @@ def test_a_boasting_head_is_believed_less_the_more_it_is_seen_to_boast() -> None
 
 def test_what_changes_is_followed_because_old_labels_fade() -> None:
     random = np.random.default_rng(5)
-    curves = PositionLogistic(1, MARGIN)
+    curves = OneSignal(1, "margin")
     for chance in (0.9, 0.3):
         for _ in range(150):
             margin: Floats = random.exponential(3.0, 64)
@@ -142,12 +203,12 @@ def test_what_changes_is_followed_because_old_labels_fade() -> None:
 
 
 def test_margins_and_confidences_beyond_all_bounds_give_chances() -> None:
-    for signal, values in ((MARGIN, [0.0, 1e9, -1.0]), (CONFIDENCE, [0.0, 1.0, 0.5])):
-        curves = PositionLogistic(1, signal)
+    for signal, values in (("margin", [0.0, 1e9, -1.0]), ("confidence", [0.0, 1.0, 0.5])):
+        curves = OneSignal(1, signal)
         position = np.zeros(3, np.int64)
         curves.observe(np.array(values), position, np.array([True, False, True]))
-        curves.age()
-        curves.fit()
+        curves.curves.age()
+        curves.curves.fit()
         chances = curves.chances(np.array(values), position)
         assert ((chances > 0) & (chances < 1)).all()
 

@@ -6,6 +6,7 @@ import random
 
 import numpy as np
 
+from dspark_batch.scheduling.logistic import token_features
 from dspark_batch.scheduling.survival import FlatDraft, SurvivalModel, positions, running_product
 from dspark_batch.tensors import DraftBlock
 
@@ -16,9 +17,10 @@ def test_flat_drafts_keep_rows_and_positions_of_ragged_input() -> None:
     assert flat.offered.tolist() == [3, 0, 1]
     assert flat.row.tolist() == [0, 0, 0, 2]
     assert flat.position.tolist() == [0, 1, 2, 0]
-    assert flat.signal is not None
-    assert flat.signal.tolist() == [0.1, 0.2, 0.3, 0.4]
-    assert FlatDraft.of(DraftBlock(token_ids=[(), ()])).signal is None
+    assert flat.features is not None
+    expected = token_features(flat.position, confidence=np.array([0.1, 0.2, 0.3, 0.4]), margin=None)
+    np.testing.assert_array_equal(flat.features, expected)
+    assert FlatDraft.of(DraftBlock(token_ids=[(), ()])).features is None
 
 
 def test_running_products_equal_a_loop_and_never_rise_within_a_row() -> None:

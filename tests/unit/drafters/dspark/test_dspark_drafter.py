@@ -47,13 +47,14 @@ def test_rows_get_at_most_what_they_asked_for_and_the_same_full_block_behind_it(
     for got, want in zip(cut.token_ids, whole.token_ids, strict=True):
         assert got == want[: len(got)]
     assert whole.probs is None
-    assert whole.margin is None
+    assert whole.margin is not None
+    assert [len(margins) for margins in cut.margin] == [5, 0, 2, 1, 5]
     for got, want in zip(cut.confidence, whole.confidence, strict=True):
         assert got == pytest.approx(want[: len(got)], abs=1e-5)
     assert all(0 < c < 1 for row in whole.confidence for c in row)
 
 
-def test_a_drafter_without_confidence_head_gives_margins_instead() -> None:
+def test_a_drafter_without_confidence_head_gives_margins_alone() -> None:
     drafter = make_drafter(config={"markov": None, "has_confidence": False, "sample_from_anchor": False})
     block = drafter.propose(rows_in(drafter), [9, 9, 2, 9, 9])
     assert block.confidence is None
