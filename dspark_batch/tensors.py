@@ -137,8 +137,8 @@ class DraftBlock:
 
     probs: per row [K_r, V] float32, exactly what each token was sampled from; None where the draft is one-hot.
     confidence: per row K_r numbers in (0, 1), the chance that slot k is accepted given the earlier ones were; or None.
-    margin: per row K_r numbers >= 0, the lead of the best draft score over the next one; or None. Scores are logits, or
-    logits over temperature plus noise where the draft is drawn with the target's noise.
+    margin: per row K_r numbers >= 0, the lead of the best draft score over the next one, NaN for drafts without scores;
+    or None. Scores are logits, or logits over temperature plus noise where the draft is drawn with the target's noise.
     Where there are probs, confidence and margin of slot k depend on the tokens before slot k only.
     """
 

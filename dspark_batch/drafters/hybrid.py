@@ -6,6 +6,7 @@ made before that drafter runs, from the match and from earlier rounds: it never 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -107,6 +108,7 @@ class HybridDrafter:
         made = self._model.propose(rows, asked) if any(asked) else DraftBlock(token_ids=[()] * len(rows))
         token_ids: list[Sequence[int]] = []
         confidence: list[Sequence[float]] = []
+        margin: list[Sequence[float]] = []
         for r, row in enumerate(rows):
             is_lookup = not made.token_ids[r]
             tokens = found.token_ids[r] if is_lookup else made.token_ids[r]
@@ -117,10 +119,11 @@ class HybridDrafter:
                 confidence.append(made.confidence[r])
             else:
                 confidence.append([self._chance(row)] * len(tokens))
+            margin.append([math.nan] * len(tokens) if is_lookup or made.margin is None else made.margin[r])
             if tokens:
                 self._latest[row.handle] = _Draft(len(row.token_ids), tokens, is_lookup)
                 self._promised[row.handle] = promises[r]
-        return DraftBlock(token_ids=token_ids, probs=made.probs, confidence=confidence)
+        return DraftBlock(token_ids=token_ids, probs=made.probs, confidence=confidence, margin=margin)
 
     def check_integrity(self) -> None:
         assert self._latest.keys() <= self._rows.keys(), "a draft of a row that has left"

@@ -44,16 +44,21 @@ _CLEAR_SAVING = 0.5
 _PLAIN_EVERY_IN_DOUBT = 8
 _PLAIN_EVERY = 64
 _PLAIN_EVERY_IF_CLEAR = 512
+_SETTLED_AFTER = 8
+_SETTLED_ROUNDS = 3
+_SETTLED_SAVING = 0.3
 """Rounds after which one plain round is run if none was, so that the cost of plain decoding stays known."""
 
 
 @dataclass(slots=True, eq=False)
 class _Round:
     """The round between its draft lengths and its outcome. is_probe: of a closed gate; promise: what drafting for all
-    rows would save in plain steps, where that is known. may_follow: emitted tokens are labels for all drafted ones."""
+    rows would save in plain steps, where that is known. is_settled: not planned. may_follow: emitted tokens are labels
+    for all drafted ones."""
 
     asked: Ints
     is_probe: bool
+    is_settled: bool = False
     draft: DraftBlock | None = None
     flat: FlatDraft | None = None
     may_follow: bool = False
@@ -99,6 +104,8 @@ class AutoLength:
         self._num_finished = 0
         self._rounds_drafted = 0
         self._rounds_drafted_in_a_row = 0
+        self._num_whole = 0
+        self._num_settled = 0
         self._reason = PlanReason.OFF
 
     @property
@@ -107,6 +114,12 @@ class AutoLength:
 
     def draft_lengths(self, load: RoundLoad) -> Sequence[int]:
         limits = np.minimum(np.array(load.limits, np.int64), self._max_draft_tokens)
+        if self._num_settled and load.handles == self._handles and limits.any():
+            self._num_settled -= 1
+            self._round = _Round(limits, is_probe=False, is_settled=True)
+            settled: list[int] = limits.tolist()
+            return settled
+        self._num_settled = 0
         lengths = self._choose_lengths(load, limits)
         self._round = _Round(lengths, self._reason is PlanReason.EXPLORE) if lengths.any() else None
         chosen: list[int] = lengths.tolist()
@@ -115,6 +128,8 @@ class AutoLength:
     def verify_plan(self, load: RoundLoad, draft: DraftBlock) -> VerifyPlan:
         current = self._round
         assert current is not None, "a plan without draft lengths"
+        if current.is_settled:
+            return VerifyPlan(verify_len=[len(tokens) for tokens in draft.token_ids])
         flat = FlatDraft.of(draft)
         is_legal = self._may_use_draft or is_one_hot(draft)
         current.draft, current.flat = draft, flat
@@ -146,6 +161,10 @@ class AutoLength:
             return
         self._sees_tokens = outcome.emitted is not None
         self._shadows.follow(load.handles, outcome.emitted)
+        if current is not None and current.is_settled:
+            self._rounds_drafted += 1
+            self._rounds_drafted_in_a_row += 1
+            return
         num_rows = len(load.handles)
         if 2 * outcome.num_prefill_tokens <= outcome.num_step_tokens:
             # Prompt tokens need no logits: a step that is mostly prompt would look too cheap for its size.
@@ -169,6 +188,10 @@ class AutoLength:
         labels = labels_of_round(current.draft, current.flat, outcome, may_follow=current.may_follow)
         self._model.observe(load.handles, current.flat, *labels)
         gate.observe(self._saved(load, current, outcome), num_rows=num_rows)
+        is_whole = sum(outcome.num_verified) == sum(min(limit, self._max_draft_tokens) for limit in load.limits)
+        self._num_whole = self._num_whole + 1 if is_whole and gate.saved > _SETTLED_SAVING else 0
+        if self._num_whole >= _SETTLED_AFTER:
+            self._num_settled = _SETTLED_ROUNDS
 
     def _choose_lengths(self, load: RoundLoad, limits: Ints) -> Ints:
         """[R] lengths to ask for; sets the reason."""

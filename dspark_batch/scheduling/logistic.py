@@ -37,7 +37,7 @@ _EPSILON = 1e-4
 _PRIORS = {
     (True, False): (-0.3, 1.0),
     (False, True): (-0.8, 1.4, 0.0),
-    (True, True): (-0.8, 0.5, 0.7, 0.0),
+    (True, True): (-0.8, 0.5, 0.7, 0.0, 0.5, 0.5),
 }
 """Weights of the features before anything was seen, by has_confidence and has_margin. Until it is checked, a drafter's
 word counts for a little less than it says."""
@@ -51,17 +51,28 @@ def prior_weights(*, has_confidence: bool, has_margin: bool) -> tuple[float, ...
 def token_features(position: Ints, *, confidence: Floats | None, margin: Floats | None) -> Floats:
     """[N] draft positions, and what was said of the tokens there, [N] each -> [N, D].
 
-    Flat arrays hold one draft after the other, positions rising by one within each. A token's features depend on
-    nothing after it. The margin's curve is not quite a logistic one, so its square is a feature too.
+    Flat arrays hold one draft after the other, positions rising from 0 by one within each. A token's features depend
+    on nothing after it. The margin's curve is not quite a logistic one, so its square is a feature too. Drafts whose
+    margin is NaN have none; beside others that have one, their confidences are weighed apart.
     """
-    columns: list[Floats] = [np.ones(len(position))]
+    has_both = confidence is not None and margin is not None
+    out: Floats = np.ones((len(position), 6 if has_both else 2 + (margin is not None)))
     if confidence is not None:
-        chance = np.clip(confidence, _EPSILON, 1 - _EPSILON)
-        columns.append(with_predecessors(np.log(chance) - np.log1p(-chance), position))
+        chance = np.minimum(np.maximum(confidence, _EPSILON), 1 - _EPSILON)
+        out[:, 1] = np.log(chance / (1 - chance))
     if margin is not None:
-        lead = with_predecessors(np.log1p(np.maximum(margin, 0.0)), position)
-        columns += [lead, lead * lead]
-    return np.stack(columns, axis=1)
+        has_none = np.isnan(margin)
+        lead = np.log1p(np.maximum(np.where(has_none, 0.0, margin), 0.0))
+        out[:, 1 + has_both] = lead
+    num_said = 1 + has_both
+    out[:, 1 : 1 + num_said] = with_predecessors(out[:, 1 : 1 + num_said], position)
+    if margin is not None:
+        lead = out[:, num_said]
+        out[:, num_said + 1] = lead * lead
+        if has_both:
+            out[:, 4] = has_none
+            out[:, 5] = has_none * out[:, 1]
+    return out
 
 
 class PositionLogistic:
@@ -157,18 +168,13 @@ class PositionLogistic:
 
 
 def with_predecessors(x: Floats, position: Ints) -> Floats:
-    """[N] -> [N] means of each x and, less weighty, of those before it in the same run of rising positions."""
-    if not len(x):
-        return x
-    is_first = np.diff(position, prepend=position[0]) != 1
-    first = np.maximum.accumulate(np.where(is_first, np.arange(len(x)), 0))
-    before = np.cumsum(x) - x
-    before -= before[first]
-    weight = _PREDECESSOR_WEIGHT * (np.arange(len(x)) - first)
-    out: Floats = (x + _PREDECESSOR_WEIGHT * before) / (1.0 + weight)
+    """[N, S] -> [N, S]: means of each x and, less weighty, of those before it in its draft."""
+    before = x.cumsum(0) - x
+    before -= before[np.arange(len(x)) - position]
+    out: Floats = (x + _PREDECESSOR_WEIGHT * before) / (1.0 + _PREDECESSOR_WEIGHT * position)[:, None]
     return out
 
 
 def _sigmoid(x: Floats) -> Floats:
-    out: Floats = 1.0 / (1.0 + np.exp(-np.clip(x, -30.0, 30.0)))
+    out: Floats = 1.0 / (1.0 + np.exp(np.minimum(np.maximum(-x, -30.0), 30.0)))
     return out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from torch import Tensor
@@ -23,6 +24,7 @@ class Fixed:
     """Drafts the same tokens for every row, with the same confidence, or none for the rows of ``silent``."""
 
     taps: tuple[int, ...] = ()
+    margin: float | None = None
 
     def __init__(
         self, name: str, tokens: Sequence[int], *, confidence: float | None, silent: set[int] | None = None
@@ -49,7 +51,8 @@ class Fixed:
             for row, limit in zip(rows, max_tokens, strict=True)
         ]
         said = None if self._confidence is None else [[self._confidence] * len(d) for d in drafts]
-        return DraftBlock(token_ids=drafts, confidence=said)
+        margins = None if self.margin is None else [[self.margin] * len(d) for d in drafts]
+        return DraftBlock(token_ids=drafts, confidence=said, margin=margins)
 
 
 def row(handle: int) -> DraftRow:
@@ -114,6 +117,20 @@ def test_a_row_on_which_the_model_fails_is_left_to_the_lookup() -> None:
         commit(rows[0], [9, 9, 9, 9, 5])
         commit(rows[1], [7, 7, 7, 5])
     assert block.token_ids == [[9] * 4, [7] * 3]
+
+
+def test_looked_up_drafts_are_marked_by_margins_that_are_none() -> None:
+    rows = [row(0), row(1)]
+    drafter = hybrid(Fixed("suffix", [7, 8], confidence=0.9, silent={1}), Fixed("model", [5, 6], confidence=0.5), rows)
+    block = drafter.propose(rows, [2, 2])
+    assert block.margin is not None
+    assert [list(map(math.isnan, margins)) for margins in block.margin] == [[True, True], [True, True]]
+    with_margins = Fixed("model", [5, 6], confidence=0.5)
+    with_margins.margin = 1.5
+    block = hybrid(Fixed("suffix", [7, 8], confidence=0.9, silent={1}), with_margins, rows).propose(rows, [2, 2])
+    assert block.margin is not None
+    assert list(map(math.isnan, block.margin[0])) == [True, True]
+    assert block.margin[1] == [1.5, 1.5]
 
 
 def test_a_draft_that_was_cut_tells_only_about_what_was_seen() -> None:

@@ -189,6 +189,22 @@ def test_it_takes_drafting_up_again_when_drafts_begin_to_hold() -> None:
     assert w.run(200) > 2.0 * w.plain_rate()
 
 
+def test_where_plans_cut_nothing_few_rounds_are_planned_until_drafts_fail() -> None:
+    now = [says(0.95, 0.95)]
+    policy = AutoLength(max_draft_tokens=GAMMA, cost=known_cost(idle))
+    w = world(idle, lambda handle: now[0], policy=policy, num_rows=1)
+    planned: list[bool] = []
+    admit = policy._admit
+    policy._admit = lambda *a, **k: (planned.append(True), admit(*a, **k))[1]  # type: ignore[method-assign]
+    w.run(60)
+    planned.clear()
+    assert w.run(100) > 3 * w.plain_rate()
+    assert 20 <= len(planned) <= 45
+    now[0] = says(0.0, 0.95)
+    w.run(200)
+    assert w.run(200) > 0.9 * w.plain_rate()
+
+
 def test_rows_that_finish_bring_the_next_try_forward() -> None:
     w = world(saturated, HOPELESS)
     w.run(600)

@@ -150,8 +150,9 @@ def test_a_position_leans_on_those_before_it_in_its_draft_and_on_no_other(seed: 
     drafts = [random.normal(size=int(random.integers(1, 7))) for _ in range(9)]
     expected = [(x + 0.1 * sum(draft[:k])) / (1 + 0.1 * k) for draft in drafts for k, x in enumerate(draft.tolist())]
     position = np.concatenate([np.arange(len(draft)) for draft in drafts])
-    np.testing.assert_allclose(with_predecessors(np.concatenate(drafts), position), expected)
-    assert len(with_predecessors(np.zeros(0), np.zeros(0, np.int64))) == 0
+    both = np.stack([np.concatenate(drafts), -np.concatenate(drafts)], axis=1)
+    np.testing.assert_allclose(with_predecessors(both, position), np.stack([expected, np.negative(expected)], axis=1))
+    assert with_predecessors(np.zeros((0, 1)), np.zeros(0, np.int64)).shape == (0, 1)
 
 
 def test_products_are_calibrated_where_drafts_differ_in_more_than_their_signals_say() -> None:
@@ -179,7 +180,7 @@ def test_a_position_without_labels_follows_the_others() -> None:
     margin: Floats = random.exponential(3.0, 4000)
     curves.observe(margin, np.zeros(4000, np.int64), random.random(4000) < 0.2)
     curves.curves.fit()
-    assert curves.chances(np.array([3.0]), np.array([3]))[0] == pytest.approx(0.2, abs=0.08)
+    assert curves.chances(np.full(4, 3.0), np.arange(4))[3] == pytest.approx(0.2, abs=0.08)
 
 
 def test_a_boasting_head_is_believed_less_the_more_it_is_seen_to_boast() -> None:
@@ -211,6 +212,19 @@ def test_margins_and_confidences_beyond_all_bounds_give_chances() -> None:
         curves.curves.fit()
         chances = curves.chances(np.array(values), position)
         assert ((chances > 0) & (chances < 1)).all()
+
+
+def test_drafts_without_a_margin_are_learned_apart_from_those_with_one() -> None:
+    """A lookup's word and a head's are different ones: here one boasts, the other is too modest."""
+    random = np.random.default_rng(13)
+    curves = PositionLogistic(1, prior_weights(has_confidence=True, has_margin=True))
+    at, confidence = np.zeros(64, np.int64), np.full(64, 0.7)
+    for _ in range(60):
+        is_lookup = random.random(64) < 0.5
+        features = token_features(at, confidence=confidence, margin=np.where(is_lookup, np.nan, 1.0))
+        curves.observe(features, at, random.random(64) < np.where(is_lookup, 0.3, 0.9))
+    asked = token_features(at[:2], confidence=confidence[:2], margin=np.array([np.nan, 1.0]))
+    np.testing.assert_allclose(curves.chances(asked, at[:2]), [0.3, 0.9], atol=0.05)
 
 
 def test_exploration_goes_round_all_rows_and_stays_rare() -> None:
