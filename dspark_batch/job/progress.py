@@ -51,9 +51,13 @@ def progress_report(work: Work, *, stream: TextIO) -> ProgressReport:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Progress:
-    """What a progress line shows: rows and tokens that are generated, shards and failures that are committed."""
+    """What a progress line shows: rows and tokens that are generated, shards and failures that are committed.
+
+    num_work_rows: of the whole run; while a filter is at work an upper bound, known when all shards are committed.
+    """
 
     num_rows: int
+    num_work_rows: int
     num_shards: int
     num_failed_rows: int
     num_generated_tokens: int
@@ -63,8 +67,11 @@ class Progress:
     def of(cls, work: Work, totals: Totals, live: LiveCounts) -> Progress:
         """Whichever is further, the committed totals or the live counts (which lack rows that took a copied result)."""
         live_rows = live.num_samples // work.num_samples_per_row
+        is_done = totals.num_shards >= work.num_shards
+        num_rows = totals.num_rows if is_done else min(work.num_rows, max(totals.num_rows, live_rows))
         return cls(
-            num_rows=min(work.num_rows, max(totals.num_rows, live_rows)),
+            num_rows=num_rows,
+            num_work_rows=num_rows if is_done else work.num_rows,
             num_shards=totals.num_shards,
             num_failed_rows=totals.num_failed_rows,
             num_generated_tokens=max(totals.num_generated_tokens, live.num_generated_tokens),
@@ -81,7 +88,7 @@ def format_progress(work: Work, progress: Progress, *, elapsed_s: float) -> str:
         parts.append(f"accepted length {progress.num_generated_tokens / progress.num_rounds:.2f}")
     parts.append(f"failed {progress.num_failed_rows}")
     if progress.num_rows:
-        left_s = elapsed_s * (work.num_rows - progress.num_rows) / progress.num_rows
+        left_s = elapsed_s * (progress.num_work_rows - progress.num_rows) / progress.num_rows
         parts.append(f"left {format_duration(left_s)}")
     return " · ".join(parts)
 
@@ -140,9 +147,9 @@ class LineReport:
     def _write(self, progress: Progress) -> None:
         self._written_s = self._clock()
         self._unwritten, self._written = None, progress
-        percent = 100 * progress.num_rows // self._work.num_rows if self._work.num_rows else 100
+        percent = 100 * progress.num_rows // progress.num_work_rows if progress.num_work_rows else 100
         line = format_progress(self._work, progress, elapsed_s=self._written_s - self._start_s)
-        self.say(f"rows {progress.num_rows}/{self._work.num_rows} ({percent} %) · {line}")
+        self.say(f"rows {progress.num_rows}/{progress.num_work_rows} ({percent} %) · {line}")
 
 
 class BarReport:
@@ -172,7 +179,7 @@ class BarReport:
     def update(self, totals: Totals, live: LiveCounts) -> None:
         progress = Progress.of(self._work, totals, live)
         line = format_progress(self._work, progress, elapsed_s=self._clock() - self._start_s)
-        self._bar.update(self._task, completed=progress.num_rows, description=line)
+        self._bar.update(self._task, completed=progress.num_rows, total=progress.num_work_rows, description=line)
 
     def say(self, message: str) -> None:
         self._bar.console.print(message, markup=False, highlight=False)

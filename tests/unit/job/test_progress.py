@@ -92,3 +92,11 @@ def test_rows_with_copied_results_count_once_they_are_committed() -> None:
     live = LiveCounts(num_samples=7, num_generated_tokens=70, num_rounds=7)
     assert Progress.of(WORK, TOTALS, live).num_rows == 25
     assert Progress.of(WORK, TOTALS, LiveCounts(num_samples=1000)).num_rows == 100
+
+
+def test_rows_that_a_filter_drops_are_out_of_the_total_once_all_shards_are_committed() -> None:
+    stream = io.StringIO()
+    with LineReport(WORK, stream=stream) as report:
+        report.update(Totals(num_shards=10, num_rows=54), LiveCounts(num_samples=54))
+    assert stream.getvalue().startswith("rows 54/54 (100 %) · shards 10/10")
+    assert stream.getvalue().rstrip().endswith("left 0s")
