@@ -25,7 +25,8 @@ logger = logging.getLogger(__name__)
 MOST_ROWS = {"cpu": 64, "cuda": 256}
 """Rows up to which costs are measured, unless more are decoded together."""
 
-_DRAFTERS_WITH_FORWARD = frozenset({"dspark", "draft_model", "hybrid"})
+_BLOCK_DRAFTERS = frozenset({"dspark", "hybrid"})
+_DRAFTERS_BY_TOKEN = frozenset({"draft_model"})
 _DRAFT_CONTEXT_TOKENS = 128
 _VERSIONS = ("torch", "dspark-batch")
 
@@ -76,12 +77,15 @@ def measure_table(
     target: TargetRunner, drafter: Drafter, *, most_rows: int, max_step_tokens: int, budget_s: float = 4.0
 ) -> CostTable | None:
     """Time steps for ``budget_s`` seconds or a little more."""
-    has_forward = drafter.name in _DRAFTERS_WITH_FORWARD
+    # A block takes as long however much of it is asked for; two lengths would show noise as a cost of tokens.
+    lengths: tuple[int, ...] = (drafter.max_draft_tokens,) if drafter.name in _BLOCK_DRAFTERS else ()
+    if drafter.name in _DRAFTERS_BY_TOKEN:
+        lengths = tuple(sorted({1, drafter.max_draft_tokens}))
     grid = Grid.for_engine(
         most_rows=most_rows,
         longest_draft=drafter.max_draft_tokens,
         max_context=target.max_context,
-        has_forward=has_forward,
+        draft_lengths=lengths,
     )
     steps = _StepTimer(target, taps=drafter.taps, max_step_tokens=max_step_tokens)
     drafts = _DraftTimer(target, drafter)

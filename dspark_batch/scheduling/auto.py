@@ -332,9 +332,9 @@ class AutoLength:
         num_rows = len(load.handles)
         num_extra = sum(outcome.num_verified)
         base = outcome.num_step_tokens - num_extra
-        plain_s, before_s, after_s = self.cost.seconds(
+        plain_s, before_s, after_s = self.cost.at(
             [num_rows, base, base + num_extra], num_rows=num_rows, context_tokens=load.context_tokens
-        ).tolist()
+        )
         # The step's own time, so that a wrong curve cannot keep drafting up; within bounds, against hiccups.
         took_s = min(max(outcome.step_s, 0.5 * after_s), 2.0 * after_s) if num_extra else after_s
         drafted_s = self.draft_cost.seconds(int(np.count_nonzero(current.asked)), int(current.asked.max()))
@@ -357,7 +357,9 @@ class AutoLength:
         return step_seconds
 
     def _plain_s(self, load: RoundLoad) -> float:
-        return float(self._seconds(load)(np.zeros(1))[0])
+        assert self.cost is not None, "nothing is planned without costs"
+        num_rows = len(load.handles)
+        return self.cost.at([num_rows], num_rows=num_rows, context_tokens=load.context_tokens)[0]
 
     def _gate(self, load: RoundLoad, limits: Ints) -> Gate:
         """One gate for each octave of rows: what pays in the tail need not pay in a full batch. It begins open where

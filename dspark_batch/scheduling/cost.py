@@ -109,6 +109,19 @@ class StepCost:
             out = np.maximum.accumulate(out * np.exp(np.interp(at, KNOTS, bend.curve())))
         return out * math.exp(self._log_level)
 
+    def at(self, num_tokens: Sequence[float], *, num_rows: int, context_tokens: float) -> list[float]:
+        """``seconds`` of a few numbers of flat tokens, without a call into numpy."""
+        bend = self._bends.get(num_rows.bit_length())
+        curve = bend.curve() if bend is not None else None
+        out: list[float] = []
+        for tokens in num_tokens:
+            seconds = self._surface.at(tokens, num_rows=num_rows, context_tokens=context_tokens)
+            if curve is not None:
+                seconds *= math.exp(interpolate(tokens, KNOTS, curve))
+            out.append(max(seconds, out[-1]) if out else seconds)
+        level = math.exp(self._log_level)
+        return [seconds * level for seconds in out]
+
     def is_trusted(self, num_tokens: int, *, num_rows: int) -> bool:
         """Whether a step of about this size was seen, and took about what was expected."""
         bend = self._bends.get(num_rows.bit_length())
@@ -177,27 +190,26 @@ class _DraftTable:
 
     def __init__(self, samples: Sequence[DraftSample]) -> None:
         self._lengths: list[int] = []
-        self._by_length: list[tuple[Floats, Floats]] = []
+        self._by_length: list[tuple[list[int], list[float]]] = []
         by_length = sorted(samples, key=lambda s: (s.num_tokens, s.num_rows))
         for length, of_length in groupby(by_length, key=lambda s: s.num_tokens):
             points = list(of_length)
-            seconds: Floats = np.array([p.seconds for p in points])
+            seconds = monotone(np.array([p.seconds for p in points]), np.ones(len(points)))
             self._lengths.append(length)
-            rows: Floats = np.array([p.num_rows for p in points], np.float64)
-            self._by_length.append((rows, monotone(seconds, np.ones(len(points)))))
+            self._by_length.append(([p.num_rows for p in points], seconds.tolist()))
 
     def seconds(self, num_rows: int, longest: int) -> float:
         times = [_line(rows, seconds, num_rows) for rows, seconds in self._by_length]
-        return float(np.interp(longest, self._lengths, times))
+        return interpolate(longest, self._lengths, times)
 
 
-def _line(at: Floats, values: Floats, x: float) -> float:
-    inside = float(np.interp(x, at, values))
+def _line(at: Sequence[int], values: Sequence[float], x: int) -> float:
+    inside = interpolate(x, at, values)
     if x <= at[-1]:
         return inside
     if len(at) == 1:
-        return inside * x / float(at[-1])
-    return inside + float((x - at[-1]) * (values[-1] - values[-2]) / (at[-1] - at[-2]))
+        return inside * x / at[-1]
+    return inside + (x - at[-1]) * (values[-1] - values[-2]) / (at[-1] - at[-2])
 
 
 def _nearest(num_tokens: int) -> int:

@@ -14,7 +14,7 @@ from dspark_batch.scheduling.cost_table import CostTable
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -27,18 +27,20 @@ _MOST_SPLITS = 24
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Grid:
     """Sizes to measure. tokens_per_row: rising, from 1. contexts: rising; at the first all sizes are measured, at the
-    others the smallest and one more of each number of rows. draft_tokens: γ, or 0 for no drafts."""
+    others the smallest and one more of each number of rows. draft_lengths: of the drafts to time; () for none."""
 
     rows: tuple[int, ...]
     tokens_per_row: tuple[int, ...]
     contexts: tuple[int, ...]
-    draft_tokens: int = 0
+    draft_lengths: tuple[int, ...] = ()
 
     @classmethod
-    def for_engine(cls, *, most_rows: int, longest_draft: int, max_context: int, has_forward: bool) -> Grid:
+    def for_engine(
+        cls, *, most_rows: int, longest_draft: int, max_context: int, draft_lengths: tuple[int, ...] = ()
+    ) -> Grid:
         """Rows by factors of four, up to ``most_rows`` itself; contexts by factors of eight, as far as the model goes.
 
-        longest_draft: γ, so that rows verify up to γ + 1 tokens. has_forward: the drafter runs a model.
+        longest_draft: γ, so that rows verify up to γ + 1 tokens.
         """
         rows = [1]
         while rows[-1] < most_rows:
@@ -50,7 +52,7 @@ class Grid:
             rows=tuple(rows),
             tokens_per_row=tuple(per_row),
             contexts=tuple(contexts[:3]),
-            draft_tokens=longest_draft if has_forward else 0,
+            draft_lengths=draft_lengths,
         )
 
 
@@ -80,7 +82,7 @@ def measure_costs(
             break
     recorder.split_steep(grid.contexts[0], until=started + 1.5 * budget_s, clock=clock)
     drafts: tuple[DraftSample, ...] = ()
-    if time_draft is not None and grid.draft_tokens:
+    if time_draft is not None and grid.draft_lengths:
         drafts = _drafts(grid, time_draft, until=started + 2 * budget_s, clock=clock)
     return CostTable(recorder.samples(), drafts)
 
@@ -159,7 +161,7 @@ def _drafts(grid: Grid, time_draft: TimeDraft, *, until: float, clock: Callable[
     times: dict[tuple[int, int], list[float]] = {}
     for number in range(_MOST_PASSES):
         for num_rows in grid.rows:
-            for num_tokens in sorted({1, grid.draft_tokens}):
+            for num_tokens in grid.draft_lengths:
                 if number >= _FEWEST_PASSES and clock() > until:
                     break
                 seconds = time_draft(num_rows, num_tokens)

@@ -119,7 +119,7 @@ class ScheduleWorld:
 
 def known_cost(step_s: Callable[[int, int], float], *, most_rows: int = 64, longest_draft: int = 8) -> StepCost:
     """What the profiler finds on a device of these step times, undisturbed."""
-    grid = Grid.for_engine(most_rows=most_rows, longest_draft=longest_draft, max_context=256, has_forward=False)
+    grid = Grid.for_engine(most_rows=most_rows, longest_draft=longest_draft, max_context=256)
     table = measure_costs(grid, time_step=lambda context, rows, tokens: step_s(tokens, rows), clock=lambda: 0.0)
     assert table is not None, "an imaginary device holds every size"
     return StepCost(table)

@@ -138,7 +138,7 @@ def profiled(device: Device, *, num_draft_tokens: int, max_concurrency: int) -> 
         most_rows=max_concurrency,
         longest_draft=num_draft_tokens,
         max_context=min(_LONGEST_CONTEXT, device.num_kv_tokens),
-        has_forward=True,
+        draft_lengths=(num_draft_tokens,),
     )
     table = measure_costs(grid, time_step=time_step, time_draft=time_draft)
     assert table is not None, "one row fits every device"

@@ -49,19 +49,19 @@ def profile(machine: Machine, grid: Grid, *, budget_s: float = 4.0) -> CostTable
     return measure_costs(grid, time_step=machine.step, budget_s=budget_s, clock=machine.clock)
 
 
-GRID = Grid.for_engine(most_rows=64, longest_draft=7, max_context=2048, has_forward=False)
+GRID = Grid.for_engine(most_rows=64, longest_draft=7, max_context=2048)
 
 
 def test_the_grid_covers_the_rows_the_draft_lengths_and_the_contexts_of_the_engine() -> None:
     assert GRID.rows == (1, 4, 16, 64)
     assert GRID.tokens_per_row == (1, 2, 3, 4, 8)
     assert GRID.contexts == (128, 1024)
-    assert GRID.draft_tokens == 0
-    small = Grid.for_engine(most_rows=6, longest_draft=1, max_context=64, has_forward=True)
+    assert GRID.draft_lengths == ()
+    small = Grid.for_engine(most_rows=6, longest_draft=1, max_context=64, draft_lengths=(1,))
     assert small.rows == (1, 4, 6)
     assert small.tokens_per_row == (1, 2)
     assert small.contexts == (31,)
-    assert small.draft_tokens == 1
+    assert small.draft_lengths == (1,)
 
 
 @pytest.mark.parametrize("disturbed", [0.0, 0.15])
@@ -109,7 +109,7 @@ def test_a_spent_budget_ends_after_two_passes_and_a_fast_machine_gets_five() -> 
 
 
 def test_drafts_are_measured_by_rows_at_one_token_and_in_full() -> None:
-    grid = Grid.for_engine(most_rows=16, longest_draft=7, max_context=2048, has_forward=True)
+    grid = Grid.for_engine(most_rows=16, longest_draft=7, max_context=2048, draft_lengths=(1, 7))
     machine = Machine(knee)
     table = measure_costs(
         grid,
