@@ -124,7 +124,14 @@ def _work_done(finished: Finished) -> list[str]:
     )
     if done.accepted_length is not None:
         line += f", accepted length {done.accepted_length:.2f}"
-    return [line]
+    if not done.num_drafted_tokens:
+        return [line]
+    speculation = finished.run.config.speculation
+    held = 100 * done.num_accepted_tokens / done.num_drafted_tokens
+    drafted = f"drafter {speculation.drafter}: {done.num_drafted_tokens} tokens drafted, {held:.0f} % of them accepted"
+    if speculation.schedule == "auto":
+        drafted += "; where drafting does not pay, rounds go without"
+    return [line, drafted]
 
 
 def _failures(run: PreparedRun, whole: Totals) -> list[str]:

@@ -42,6 +42,7 @@ def test_every_input_row_comes_out_once_with_its_columns_and_a_summary(job: Job,
     out, err = capsys.readouterr()
     assert "done: 47 rows in 8 shards" in out
     assert "accepted length 1.00" in out
+    assert "% of them accepted" in out
     assert f"output: {job.out}" in out
     assert '  id="r0" | answer=' in out
     assert "rows 47/47 (100 %)" in err
