@@ -28,7 +28,8 @@ _MEMORY_LABELS = 4000.0
 
 _SHARED_PRIOR_WEIGHT = 1.0
 _OWN_PRIOR_WEIGHT = 8.0
-_LABELS_PER_FIT = 24
+_FEWEST_PER_FIT = 24
+_MOST_PER_FIT = 256
 _GROWTH_PER_FIT = 0.05
 _NEWTON_STEPS = 8
 _LARGEST_STEP = 1.5
@@ -119,14 +120,10 @@ class PositionLogistic:
     """
 
     def __init__(self, num_positions: int, prior: Sequence[float]) -> None:
-        self._num_positions, self._num_features = num_positions, len(prior)
-        size = (num_positions + 1) * len(prior)
-        self._mode: Floats = np.zeros(size)
-        self._mode[: len(prior)] = prior
-        weight = np.full(size, _OWN_PRIOR_WEIGHT)
-        weight[: len(prior)] = _SHARED_PRIOR_WEIGHT
-        self._prior_precision: Floats = np.diag(weight)
-        self._precision = self._prior_precision.copy()
+        self._num_positions, size = num_positions, len(prior)
+        self._shared: Floats = np.array(prior, np.float64)
+        self._own: Floats = np.zeros((num_positions, size))
+        self._curvature: Floats = np.zeros((num_positions, size, size))
         self._num_labels = 0.0
         self._waiting: list[tuple[Floats, Ints, Bools]] = []
         self._num_waiting = 0
@@ -141,7 +138,7 @@ class PositionLogistic:
             return
         self._waiting.append((features, position, held))
         self._num_waiting += len(position)
-        if self._num_waiting >= max(_LABELS_PER_FIT, _GROWTH_PER_FIT * self._num_labels):
+        if self._num_waiting >= min(max(_FEWEST_PER_FIT, _GROWTH_PER_FIT * self._num_labels), _MOST_PER_FIT):
             self.fit()
 
     def age(self) -> None:
@@ -161,43 +158,47 @@ class PositionLogistic:
             self._fade(most / self._num_labels)
         is_at: Floats = (position == np.arange(self._num_positions)[:, None]).astype(np.float64)
         squares = (features[:, :, None] * features[:, None, :]).reshape(len(position), -1)
-        mode, precision = self._mode, self._precision
+        before, shared, own, curvature = self._curvature, self._shared, self._own, self._curvature
         for _ in range(_NEWTON_STEPS):
-            chance = _sigmoid((features * self._by_position(mode)[position]).sum(1))
-            miss = is_at @ (features * (chance - held)[:, None])
-            spread = is_at @ (squares * (chance * (1 - chance))[:, None])
-            slope = np.concatenate([miss.sum(0), miss.ravel()]) + self._precision @ (mode - self._mode)
-            precision = self._precision + self._arrow(spread)
-            step = np.linalg.solve(precision, slope)
-            largest = float(np.abs(step).max())
-            mode = mode - step * min(1.0, _LARGEST_STEP / largest) if largest else mode
+            chance = _sigmoid((features * (shared + own)[position]).sum(1))
+            curvature = before + (is_at @ (squares * (chance * (1 - chance))[:, None])).reshape(before.shape)
+            slope = is_at @ (features * (chance - held)[:, None])
+            # The Gaussian of the old labels pulls to where it was fitted.
+            moved_shared, moved_own = shared - self._shared, own - self._own
+            slope += np.einsum("kde,ke->kd", before, moved_shared + moved_own)
+            slope_shared = slope.sum(0) + _SHARED_PRIOR_WEIGHT * moved_shared
+            step_shared, step_own = _solve_arrow(curvature, slope_shared, slope + _OWN_PRIOR_WEIGHT * moved_own)
+            largest = max(float(np.abs(step_shared).max()), float(np.abs(step_own).max()))
+            scale = _LARGEST_STEP / max(largest, _LARGEST_STEP)
+            shared, own = shared - scale * step_shared, own - scale * step_own
             if largest < _SMALLEST_STEP:
                 break
-        self._mode, self._precision = mode, precision
+        self._shared, self._own, self._curvature = shared, own, curvature
 
     @property
     def weights(self) -> Floats:
         """[K, D] of the features at each position."""
-        return self._by_position(self._mode)
-
-    def _by_position(self, mode: Floats) -> Floats:
-        parts = mode.reshape(self._num_positions + 1, self._num_features)
-        out: Floats = parts[0] + parts[1:]
+        out: Floats = self._shared + self._own
         return out
-
-    def _arrow(self, spread: Floats) -> Floats:
-        """[K, D * D] curvatures of the positions -> [(K + 1) D, (K + 1) D] of the shared and the own weights."""
-        num, size = self._num_positions, self._num_features
-        blocks = spread.reshape(num, size, size)
-        out = np.zeros((num + 1, size, num + 1, size))
-        own = np.arange(1, num + 1)
-        out[0, :, 0, :] = blocks.sum(0)
-        out[own, :, own, :] = out[own, :, 0, :] = out[0, :, own, :] = blocks
-        return out.reshape((num + 1) * size, -1)
 
     def _fade(self, factor: float) -> None:
         self._num_labels *= factor
-        self._precision = self._prior_precision + factor * (self._precision - self._prior_precision)
+        self._curvature = factor * self._curvature
+
+
+def _solve_arrow(curvature: Floats, shared: Floats, own: Floats) -> tuple[Floats, Floats]:
+    """x of A x = b, where A is the curvature of shared and own weights with that of their priors.
+
+    curvature: [K, D, D] of the labels at each position: in A the shared weights have their sum, each position's own
+    weights its part, and the two meet in that part. shared, own: [D] and [K, D], of b. So no system has more than D
+    unknowns.
+    """
+    eye = np.eye(len(shared))
+    inverse = np.linalg.solve(curvature + _OWN_PRIOR_WEIGHT * eye, np.concatenate([curvature, own[:, :, None]], axis=2))
+    by_shared, by_own = inverse[:, :, :-1], inverse[:, :, -1]
+    rest = _SHARED_PRIOR_WEIGHT * eye + (curvature - curvature @ by_shared).sum(0)
+    found = np.linalg.solve(rest, shared - np.einsum("kde,ke->d", curvature, by_own))
+    return found, by_own - by_shared @ found
 
 
 def with_predecessors(x: Floats, position: Ints) -> Floats:

@@ -11,6 +11,7 @@ from dspark_batch.scheduling.estimator import seen_slots
 from dspark_batch.scheduling.exploration import Exploration
 from dspark_batch.scheduling.logistic import (
     PositionLogistic,
+    _solve_arrow,
     few_token_features,
     many_token_features,
     prior_weights,
@@ -72,6 +73,22 @@ def test_one_fit_finds_what_gradient_descent_finds(num_labels: int) -> None:
     curves.fit()
     expected = slow_fit(features, position, held.astype(float), prior, 3)
     np.testing.assert_allclose(curves.weights, expected, atol=5e-3)
+
+
+@pytest.mark.parametrize(("num_positions", "size"), [(1, 1), (4, 6), (17, 3)])
+def test_the_arrow_is_solved_like_the_whole_matrix(num_positions: int, size: int) -> None:
+    random = np.random.default_rng(size)
+    root = random.normal(size=(num_positions, size, size))
+    curvature = root @ root.transpose(0, 2, 1)
+    whole = np.zeros((num_positions + 1, size, num_positions + 1, size))
+    whole[0, :, 0, :] = curvature.sum(0) + 1.0 * np.eye(size)
+    for k in range(num_positions):
+        whole[k + 1, :, k + 1, :] = curvature[k] + 8.0 * np.eye(size)
+        whole[0, :, k + 1, :] = whole[k + 1, :, 0, :] = curvature[k]
+    right = random.normal(size=(num_positions + 1, size))
+    expected = np.linalg.solve(whole.reshape(right.size, right.size), right.ravel()).reshape(right.shape)
+    shared, own = _solve_arrow(curvature, right[0], right[1:])
+    np.testing.assert_allclose(np.vstack([shared, own]), expected, rtol=1e-8, atol=1e-10)
 
 
 def test_many_small_fits_come_to_what_one_fit_finds() -> None:
