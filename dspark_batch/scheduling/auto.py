@@ -23,6 +23,7 @@ from dspark_batch.scheduling.gate import Gate
 from dspark_batch.scheduling.lengths import CHEAP_DRAFT, best_lengths, costs_by_token, row_seconds, rows_worth_drafting
 from dspark_batch.scheduling.planner import Admitted, StepSeconds, admit, admit_budget, admit_early_stop
 from dspark_batch.scheduling.policies import RoundLoad, RoundOutcome, is_one_hot
+from dspark_batch.scheduling.settling import Settling
 from dspark_batch.scheduling.shadow import ShadowLabels, labels_of_round
 from dspark_batch.scheduling.survival import FlatDraft, SurvivalModel
 from dspark_batch.tensors import DraftBlock, VerifyPlan
@@ -44,9 +45,6 @@ _CLEAR_SAVING = 0.5
 _PLAIN_EVERY_IN_DOUBT = 8
 _PLAIN_EVERY = 64
 _PLAIN_EVERY_IF_CLEAR = 512
-_SETTLED_AFTER = 8
-_SETTLED_ROUNDS = 3
-_SETTLED_SAVING = 0.3
 """Rounds after which one plain round is run if none was, so that the cost of plain decoding stays known."""
 
 
@@ -104,8 +102,7 @@ class AutoLength:
         self._num_finished = 0
         self._rounds_drafted = 0
         self._rounds_drafted_in_a_row = 0
-        self._num_whole = 0
-        self._num_settled = 0
+        self._settling = Settling()
         self._reason = PlanReason.OFF
 
     @property
@@ -114,12 +111,10 @@ class AutoLength:
 
     def draft_lengths(self, load: RoundLoad) -> Sequence[int]:
         limits = np.minimum(np.array(load.limits, np.int64), self._max_draft_tokens)
-        if self._num_settled and load.handles == self._handles and limits.any():
-            self._num_settled -= 1
+        if self._settling.takes_round(is_same_batch=load.handles == self._handles and bool(limits.any())):
             self._round = _Round(limits, is_probe=False, is_settled=True)
             settled: list[int] = limits.tolist()
             return settled
-        self._num_settled = 0
         lengths = self._choose_lengths(load, limits)
         self._round = _Round(lengths, self._reason is PlanReason.EXPLORE) if lengths.any() else None
         chosen: list[int] = lengths.tolist()
@@ -189,9 +184,7 @@ class AutoLength:
         self._model.observe(load.handles, current.flat, *labels)
         gate.observe(self._saved(load, current, outcome), num_rows=num_rows)
         is_whole = sum(outcome.num_verified) == sum(min(limit, self._max_draft_tokens) for limit in load.limits)
-        self._num_whole = self._num_whole + 1 if is_whole and gate.saved > _SETTLED_SAVING else 0
-        if self._num_whole >= _SETTLED_AFTER:
-            self._num_settled = _SETTLED_ROUNDS
+        self._settling.observe(is_whole=is_whole, saved=gate.saved)
 
     def _choose_lengths(self, load: RoundLoad, limits: Ints) -> Ints:
         """[R] lengths to ask for; sets the reason."""
