@@ -194,8 +194,8 @@ def _solve_arrow(curvature: Floats, shared: Floats, own: Floats) -> tuple[Floats
     unknowns.
     """
     eye = np.eye(len(shared))
-    inverse = np.linalg.solve(curvature + _OWN_PRIOR_WEIGHT * eye, np.concatenate([curvature, own[:, :, None]], axis=2))
-    by_shared, by_own = inverse[:, :, :-1], inverse[:, :, -1]
+    solved = np.linalg.solve(curvature + _OWN_PRIOR_WEIGHT * eye, np.concatenate([curvature, own[:, :, None]], axis=2))
+    by_shared, by_own = solved[:, :, :-1], solved[:, :, -1]
     rest = _SHARED_PRIOR_WEIGHT * eye + (curvature - curvature @ by_shared).sum(0)
     found = np.linalg.solve(rest, shared - np.einsum("kde,ke->d", curvature, by_own))
     return found, by_own - by_shared @ found

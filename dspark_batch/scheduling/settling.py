@@ -21,10 +21,12 @@ class Settling:
 
     def takes_round(self, *, is_same_batch: bool) -> bool:
         """Whether the next round needs no plan. A change of rows ends it."""
-        self.num_left = self.num_left - 1 if self.num_left and is_same_batch else -1
-        is_taken = self.num_left >= 0
-        self.num_left = max(0, self.num_left)
-        return is_taken
+        if not is_same_batch:
+            self.num_left = 0
+        if not self.num_left:
+            return False
+        self.num_left -= 1
+        return True
 
     def observe(self, *, is_whole: bool, saved: float) -> None:
         """A planned round verified all that could be drafted, or not. saved: by drafting lately, in plain steps."""
