@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from dspark_batch.tensors import KVStore
@@ -27,6 +28,12 @@ class Prefix:
     @property
     def num_pending(self) -> int:
         return len(self.token_ids) - self.kv_len
+
+    def all_features(self) -> Tensor:
+        """[kv_len, taps*H]; one tensor for all rows that ask, so that they share its memory."""
+        if len(self.features) > 1:
+            self.features = [torch.cat(self.features)]
+        return self.features[0]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -66,13 +73,19 @@ class PrefixPool:
         if num_samples == 1:
             wanted = max((common_length(prompt[:-1], other) for other in waiting), default=0)
         use = self._find(prompt)
+        if use is not None:
+            # Held from now on, so that making room for a longer one does not drop it.
+            use.prefix.num_users += 1
         if wanted >= MIN_PREFIX_TOKENS and (use is None or use.num_tokens < wanted // 2):
             made = self._make(list(prompt[:wanted]))
-            use = PrefixUse(made, wanted) if made else use
+            if made is not None:
+                if use is not None:
+                    self.release(use)
+                use = PrefixUse(made, wanted)
+                made.num_users += 1
         if use is not None:
             self._clock += 1
             use.prefix.last_used = self._clock
-            use.prefix.num_users += 1
         return use
 
     def release(self, use: PrefixUse) -> None:

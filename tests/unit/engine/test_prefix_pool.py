@@ -53,3 +53,22 @@ def test_several_samples_share_the_prompt_up_to_its_last_token() -> None:
     use = pool.acquire(prompt, waiting=[], num_samples=2)
     assert use is not None
     assert use.num_tokens == 39
+
+
+def test_making_room_for_a_longer_prefix_keeps_the_one_that_was_found() -> None:
+    pool, kv = make_pool(num_tokens=64)
+    short = list(range(MIN_PREFIX_TOKENS + 1))
+    first = pool.acquire(short, waiting=[], num_samples=2)
+    assert first is not None
+    pool.release(first)
+    # Half of it is more than what was found, and too much for the memory, whatever is dropped.
+    second = pool.acquire([*short[:-1], *range(100, 140)], waiting=[], num_samples=2)
+    assert second is not None
+    assert second.prefix is first.prefix
+    slot = kv.allocate(8, prefix=second.prefix.slot, prefix_len=second.num_tokens)
+    assert slot is not None
+    kv.free(slot)
+    pool.release(second)
+    pool.clear()
+    pool.check_integrity()
+    assert kv.num_free_tokens == kv.num_total_tokens
