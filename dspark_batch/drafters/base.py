@@ -28,10 +28,21 @@ class DraftRow:
     prompt_len: int
 
 
+@dataclass(frozen=True, slots=True)
+class Committed:
+    """What a step committed of a row: the tokens at positions start .. start+num_tokens-1. Their features are those
+    of the step from ``offset`` on."""
+
+    row: DraftRow
+    start: int
+    num_tokens: int
+    offset: int
+
+
 class Drafter(Protocol):
-    """Proposes tokens. The engine calls, for a row: ``add`` once, then per round ``propose`` (or not) and ``observe``,
-    and ``remove`` at its end. A drafter's per-row state has the committed length and sees features of accepted tokens
-    only (invariant 5)."""
+    """Proposes tokens. The engine calls, for a row: ``add`` once, then per round ``propose`` (or not), and ``remove``
+    at its end; and ``observe`` for all rows of a step where there are taps. A drafter's per-row state has the committed
+    length and sees features of accepted tokens only (invariant 5)."""
 
     @property
     def name(self) -> str: ...
@@ -52,11 +63,10 @@ class Drafter(Protocol):
         """Draft up to ``max_tokens[r]`` tokens for each row (0: none). The rows' anchors are ``token_ids[-1]``."""
         ...
 
-    def observe(self, row: DraftRow, features: Tensor | None, start: int) -> None:
-        """Tokens whose KV became committed: positions start .. start+features.shape[0]-1, features [n, taps*H].
+    def observe(self, committed: Sequence[Committed], features: Tensor) -> None:
+        """Tokens whose KV became committed in a step with ``features`` [T, taps*H].
 
-        Called after prefill chunks and after every round, with accepted positions only. ``features`` is None for a
-        drafter without taps; then the call only says that ``row.token_ids`` has grown.
+        Called after every step, prefill or round, with accepted positions only; never for a drafter without taps.
         """
         ...
 

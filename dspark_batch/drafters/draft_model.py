@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dspark_batch.drafters.base import DraftRow
+from dspark_batch.drafters.base import Committed, DraftRow
 from dspark_batch.drafters.margins import shared_noise_margin, top2_margin
 from dspark_batch.engine.config import EngineConfig
 from dspark_batch.errors import UnsupportedModelError
@@ -92,7 +92,7 @@ class DraftModelDrafter:
         longest = row.prompt_len + row.sampling.max_new_tokens
         self._states[row.handle] = _State(capacity=min(longest, self._model.max_context))
 
-    def observe(self, row: DraftRow, features: Tensor | None, start: int) -> None:
+    def observe(self, committed: Sequence[Committed], features: Tensor) -> None:
         """Nothing to do: ``propose`` catches up with what was committed since."""
 
     def remove(self, row: DraftRow, *, finished: bool) -> None:

@@ -13,7 +13,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from dspark_batch.drafters.base import Drafter, DraftRow, MeasuredDrafter
+from dspark_batch.drafters.base import Committed, Drafter, DraftRow, MeasuredDrafter
 from dspark_batch.tensors import DraftBlock
 
 _FORGET = 0.98
@@ -83,9 +83,8 @@ class HybridDrafter:
         self._model.add(row)
         self._rows[row.handle] = _Record()
 
-    def observe(self, row: DraftRow, features: Tensor | None, start: int) -> None:
-        self._lookup.observe(row, None, start)
-        self._model.observe(row, features, start)
+    def observe(self, committed: Sequence[Committed], features: Tensor) -> None:
+        self._model.observe(committed, features)
 
     def remove(self, row: DraftRow, *, finished: bool) -> None:
         self._judge(row)

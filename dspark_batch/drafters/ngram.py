@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from dspark_batch.drafters.base import DraftRow
+from dspark_batch.drafters.base import Committed, DraftRow
 from dspark_batch.tensors import DraftBlock
 
 DEFAULT_DRAFT_TOKENS = 4
@@ -47,7 +47,7 @@ class NgramDrafter:
             drafts.append(self._rows[row.handle].propose(limit) if limit else [])
         return DraftBlock(token_ids=drafts)
 
-    def observe(self, row: DraftRow, features: Tensor | None, start: int) -> None:
+    def observe(self, committed: Sequence[Committed], features: Tensor) -> None:
         """Nothing to keep: ``propose`` indexes what has grown."""
 
     def remove(self, row: DraftRow, *, finished: bool) -> None:

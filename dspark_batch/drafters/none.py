@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from dspark_batch.drafters.base import DraftRow
+from dspark_batch.drafters.base import Committed, DraftRow
 from dspark_batch.tensors import DraftBlock
 
 
@@ -22,7 +22,7 @@ class NoDrafter:
     def propose(self, rows: Sequence[DraftRow], max_tokens: Sequence[int]) -> DraftBlock:
         return DraftBlock(token_ids=[()] * len(rows))
 
-    def observe(self, row: DraftRow, features: Tensor | None, start: int) -> None: ...
+    def observe(self, committed: Sequence[Committed], features: Tensor) -> None: ...
 
     def remove(self, row: DraftRow, *, finished: bool) -> None: ...
 

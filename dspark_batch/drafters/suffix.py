@@ -14,7 +14,7 @@ from itertools import chain
 import numpy as np
 from torch import Tensor
 
-from dspark_batch.drafters.base import DraftRow
+from dspark_batch.drafters.base import Committed, DraftRow
 from dspark_batch.drafters.suffix_index import NO_TOKEN, Ints, SuffixIndex
 from dspark_batch.drafters.suffix_native import MAX_CANDIDATES, MAX_DRAFT_TOKENS, NativeSearch
 from dspark_batch.drafters.suffix_search import NumpySearch, SearchRules, SuffixSearch
@@ -116,7 +116,7 @@ class SuffixDrafter:
         assert row.handle not in self._rows, f"row {row.handle} was added twice"
         self._rows[row.handle] = _Local(ring=self._free.pop() if self._free else self._local.add_ring())
 
-    def observe(self, row: DraftRow, features: Tensor | None, start: int) -> None:
+    def observe(self, committed: Sequence[Committed], features: Tensor) -> None:
         """Nothing to do: ``propose`` reads what is new of all rows at once."""
 
     def remove(self, row: DraftRow, *, finished: bool) -> None:

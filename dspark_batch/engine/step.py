@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dspark_batch.core import ErrorCode, RowError
-from dspark_batch.drafters.base import Drafter
+from dspark_batch.drafters.base import Committed, Drafter
 from dspark_batch.engine.prefixes import Prefix
 from dspark_batch.engine.state import RowState
 from dspark_batch.metrics import StepRecord
@@ -275,7 +275,8 @@ class StepRunner:
         return wanted
 
     def _advance(self, parts: Sequence[_Part], features: Tensor | None) -> None:
-        """Move every owner's ``kv_len`` to what is now valid, and tell the drafter."""
+        """Move every owner's ``kv_len`` to what is now valid, and tell a drafter with taps."""
+        committed: list[Committed] = []
         for part in parts:
             owner = part.owner
             start = owner.kv_len
@@ -291,19 +292,15 @@ class StepRunner:
             else:
                 owner.kv_len += part.num_tokens
             assert start < owner.kv_len <= start + part.num_tokens, "a round commits between 1 and all of its tokens"
-            self._observe(owner, part, start, features)
+            if features is not None:
+                if owner.prefix is not None and start == owner.prefix.num_tokens:
+                    shared = Committed(owner.draft_row, 0, start, 0)
+                    self._drafter.observe([shared], owner.prefix.prefix.all_features())
+                committed.append(Committed(owner.draft_row, start, owner.kv_len - start, part.offset))
             if self._poison_dead_kv:
                 self._target.kv.poison(owner.slot, owner.kv_len)
-
-    def _observe(self, row: RowState, part: _Part, start: int, features: Tensor | None) -> None:
-        if features is None:
-            self._drafter.observe(row.draft_row, None, start)
-            return
-        if row.prefix is not None and start == row.prefix.num_tokens:
-            shared = torch.cat(row.prefix.prefix.features)[: row.prefix.num_tokens]
-            self._drafter.observe(row.draft_row, shared, 0)
-        valid = features[part.offset : part.offset + row.kv_len - start]
-        self._drafter.observe(row.draft_row, valid, start)
+        if features is not None:
+            self._drafter.observe(committed, features)
 
 
 def _lacks_prefix(row: RowState, computed: dict[int, int]) -> bool:

@@ -10,7 +10,7 @@ from time import perf_counter
 import torch
 
 from dspark_batch.core import SamplingParams
-from dspark_batch.drafters.base import Drafter, DraftRow
+from dspark_batch.drafters.base import Committed, Drafter, DraftRow
 from dspark_batch.engine.config import EngineConfig
 from dspark_batch.models.runner import TargetRunner
 from dspark_batch.models.sources import cache_dir
@@ -153,11 +153,11 @@ class _DraftTimer:
             for row in rows:
                 self._drafter.add(row)
                 added.append(row)
-                self._observe(row, 0)
+            self._observe(rows, 0)
             self._drafter.propose(rows, [num_tokens] * num_rows)
-            for row, ids in zip(rows, tokens, strict=True):
+            for ids in tokens:
                 ids.append(ids[0])
-                self._observe(row, self._context)
+            self._observe(rows, self._context)
             started = perf_counter()
             block = self._drafter.propose(rows, [num_tokens] * num_rows)
             seconds = perf_counter() - started
@@ -170,11 +170,13 @@ class _DraftTimer:
         sampling = SamplingParams(max_new_tokens=self._drafter.max_draft_tokens + 2, ignore_eos=True)
         return DraftRow(next(self._handles), 0, sampling, token_ids, len(token_ids))
 
-    def _observe(self, row: DraftRow, start: int) -> None:
-        """All tokens but the last have their KV."""
+    def _observe(self, rows: Sequence[DraftRow], start: int) -> None:
+        """All tokens but the last have their KV; the rows are of one length."""
         taps = len(self._drafter.taps)
-        features = None
-        if taps:
-            shape = (len(row.token_ids) - 1 - start, taps * self._target.spec.hidden_size)
-            features = torch.zeros(shape, dtype=self._target.dtype, device=self._target.device)
-        self._drafter.observe(row, features, start)
+        if not taps:
+            return
+        num_tokens = len(rows[0].token_ids) - 1 - start
+        shape = (len(rows) * num_tokens, taps * self._target.spec.hidden_size)
+        features = torch.zeros(shape, dtype=self._target.dtype, device=self._target.device)
+        committed = [Committed(row, start, num_tokens, r * num_tokens) for r, row in enumerate(rows)]
+        self._drafter.observe(committed, features)

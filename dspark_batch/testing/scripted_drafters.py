@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from dspark_batch.drafters.base import DraftRow
+from dspark_batch.drafters.base import Committed, DraftRow
 from dspark_batch.tensors import DraftBlock
 
 
@@ -39,15 +39,17 @@ class ScriptedDrafter:
     def draft(self, row: DraftRow, limit: int) -> list[int]:
         raise NotImplementedError
 
-    def observe(self, row: DraftRow, features: Tensor | None, start: int) -> None:
-        if features is None:
-            assert not self.taps, "a drafter with taps gets features"
-            return
-        assert start == self._committed[row.handle], "features arrive in order, without gaps"
-        for offset, (position, token) in enumerate(features[:, :2].tolist()):
-            assert position == start + offset, "a token's position is its index in its row"
-            assert token == row.token_ids[start + offset], "features of accepted tokens only"
-        self._committed[row.handle] = start + len(features)
+    def observe(self, committed: Sequence[Committed], features: Tensor) -> None:
+        assert self.taps, "a drafter without taps is told nothing"
+        for one in committed:
+            row = one.row
+            assert one.start == self._committed[row.handle], "features arrive in order, without gaps"
+            seen = features[one.offset : one.offset + one.num_tokens, :2].tolist()
+            assert len(seen) == one.num_tokens, "every committed token has its features"
+            for position, (at, token) in enumerate(seen, start=one.start):
+                assert at == position, "a token's position is its index in its row"
+                assert token == row.token_ids[position], "features of accepted tokens only"
+            self._committed[row.handle] = one.start + one.num_tokens
 
     def remove(self, row: DraftRow, *, finished: bool) -> None:
         del self._committed[row.handle]

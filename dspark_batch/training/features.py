@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from dspark_batch.drafters.base import DraftRow
+from dspark_batch.drafters.base import Committed, DraftRow
 from dspark_batch.errors import InputError
 from dspark_batch.provenance import atomic_write_bytes
 from dspark_batch.tensors import DraftBlock
@@ -42,9 +42,9 @@ class FeatureRecorder:
     def propose(self, rows: Sequence[DraftRow], max_tokens: Sequence[int]) -> DraftBlock:
         return DraftBlock(token_ids=[()] * len(rows))
 
-    def observe(self, row: DraftRow, features: Tensor | None, start: int) -> None:
-        assert features is not None, "a drafter with taps is given features"
-        self._rows[row.handle].append(features.cpu().clone())
+    def observe(self, committed: Sequence[Committed], features: Tensor) -> None:
+        for one in committed:
+            self._rows[one.row.handle].append(features[one.offset : one.offset + one.num_tokens].cpu().clone())
 
     def remove(self, row: DraftRow, *, finished: bool) -> None:
         parts = self._rows.pop(row.handle)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from dspark_batch.drafters.base import Drafter, DraftRow
+from dspark_batch.drafters.base import Committed, Drafter, DraftRow
 from dspark_batch.tensors import DraftBlock
 
 
@@ -64,8 +64,8 @@ class RecordingDrafter:
                 self._open[row.handle] = _Open(len(row.token_ids), tuple(block.token_ids[r]), confidence)
         return block
 
-    def observe(self, row: DraftRow, features: Tensor | None, start: int) -> None:
-        self.inner.observe(row, features, start)
+    def observe(self, committed: Sequence[Committed], features: Tensor) -> None:
+        self.inner.observe(committed, features)
 
     def remove(self, row: DraftRow, *, finished: bool) -> None:
         if finished:

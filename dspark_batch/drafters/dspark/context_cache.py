@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -12,17 +13,39 @@ from dspark_batch.extents import ExtentPool
 
 
 @dataclass(slots=True, eq=False)
+class StepFeatures:
+    """features: [T, taps*H] of a step. num_waiting: pieces of it that rows wait with; they keep it alive."""
+
+    features: Tensor
+    num_waiting: int = 0
+
+    @property
+    def num_bytes(self) -> int:
+        """That are kept alive."""
+        return self.features.untyped_storage().nbytes()
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """Features ``offset`` .. ``offset+num_tokens-1`` of a step."""
+
+    step: StepFeatures
+    offset: int
+    num_tokens: int
+
+
+@dataclass(slots=True, eq=False)
 class RowContext:
     """One row's memory: pool tokens start .. start+capacity-1; the first ``length`` hold positions 0 .. length-1.
 
     What lies past ``length`` is dead: a block writes its own keys and values there while it attends. pending: features
-    of the positions that follow, [n, taps*H] each, not projected yet.
+    of the positions that follow, not projected yet.
     """
 
     start: int
     capacity: int
     length: int = 0
-    pending: list[Tensor] = field(default_factory=list)
+    pending: list[_Piece] = field(default_factory=list)
     num_pending: int = 0
 
     @property
@@ -55,7 +78,7 @@ class ContextCache:
         self._pool = ExtentPool(num_tokens)
         self._rows: dict[int, RowContext] = {}
         self._pending_limit_bytes = pending_limit_bytes
-        self._storages: dict[int, int] = {}
+        self._num_pending_bytes = 0
 
     @property
     def num_total_tokens(self) -> int:
@@ -71,7 +94,7 @@ class ContextCache:
 
     @property
     def is_overfull(self) -> bool:
-        return sum(self._storages.values()) > self._pending_limit_bytes
+        return self._num_pending_bytes > self._pending_limit_bytes
 
     def add(self, handle: int, num_tokens: int) -> bool:
         """Reserve ``num_tokens`` for a row; False, and no memory, where no hole is large enough."""
@@ -94,33 +117,61 @@ class ContextCache:
         row = self._rows.pop(handle, None)
         if row is not None:
             self._pool.give_back(row.start, row.capacity)
-            if row.pending:
-                self._count_storages()
+            self._let_go(row.pending)
 
-    def append(self, row: RowContext, features: Tensor) -> None:
-        """Keep features of the positions from ``row.num_known`` on; they are not copied."""
-        row.pending.append(features)
-        row.num_pending += features.shape[0]
-        storage = features.untyped_storage()
-        self._storages[storage.data_ptr()] = storage.nbytes()
+    def append(self, row: RowContext, step: StepFeatures, *, offset: int, num_tokens: int) -> None:
+        """Keep the step's features of the positions from ``row.num_known`` on; they are not copied."""
+        row.pending.append(_Piece(step, offset, num_tokens))
+        row.num_pending += num_tokens
+        if not step.num_waiting:
+            self._num_pending_bytes += step.num_bytes
+        step.num_waiting += 1
 
-    def take_pending(self, rows: Sequence[RowContext]) -> list[Tensor]:
-        """The waiting features of the rows, in order; the positions count as held from now on."""
-        taken: list[Tensor] = []
+    def take_pending(self, rows: Sequence[RowContext]) -> Tensor:
+        """[n, taps*H]: the waiting features of the rows, in order; the positions count as held from now on."""
+        pieces: list[_Piece] = []
         for row in rows:
-            taken += row.pending
+            pieces += row.pending
             row.length += row.num_pending
             row.pending, row.num_pending = [], 0
-        self._count_storages()
-        return taken
+        self._let_go(pieces)
+        return _gather(pieces)
 
     def check_integrity(self) -> None:
         """Holes and extents tile the pool, no two holes touch, and every row stays within its extent."""
         self._pool.check_integrity((row.start, row.capacity) for row in self._rows.values())
         for handle, row in self._rows.items():
             assert row.num_known <= row.capacity, f"row {handle} knows {row.num_known} positions of {row.capacity}"
-            assert row.num_pending == sum(part.shape[0] for part in row.pending), f"row {handle} miscounts its features"
+            assert row.num_pending == sum(p.num_tokens for p in row.pending), f"row {handle} miscounts its features"
+        waiting = Counter(piece.step for row in self._rows.values() for piece in row.pending)
+        assert all(step.num_waiting == count for step, count in waiting.items()), "a step miscounts its pieces"
+        num_bytes = sum(step.num_bytes for step in waiting)
+        assert num_bytes == self._num_pending_bytes, f"{num_bytes} bytes wait, {self._num_pending_bytes} are counted"
 
-    def _count_storages(self) -> None:
-        parts = [part for row in self._rows.values() for part in row.pending]
-        self._storages = {s.data_ptr(): s.nbytes() for s in (part.untyped_storage() for part in parts)}
+    def _let_go(self, pieces: Iterable[_Piece]) -> None:
+        for piece in pieces:
+            piece.step.num_waiting -= 1
+            if not piece.step.num_waiting:
+                self._num_pending_bytes -= piece.step.num_bytes
+
+
+def _gather(pieces: Sequence[_Piece]) -> Tensor:
+    """The pieces one behind the other. Rows that sat out many steps have a piece of one token of each, so the steps
+    are copied from once each, not the pieces."""
+    first = pieces[0].step.features
+    if len(pieces) == 1:
+        return first[pieces[0].offset : pieces[0].offset + pieces[0].num_tokens]
+    places: dict[StepFeatures, tuple[list[int], list[int]]] = {}
+    num_tokens = 0
+    for piece in pieces:
+        taken, put = places.setdefault(piece.step, ([], []))
+        taken += range(piece.offset, piece.offset + piece.num_tokens)
+        put += range(num_tokens, num_tokens + piece.num_tokens)
+        num_tokens += piece.num_tokens
+    if len(places) == 1:
+        return first.index_select(0, torch.tensor(taken).to(first.device))
+    gathered = first.new_empty(num_tokens, first.shape[1])
+    for step, (taken, put) in places.items():
+        index = torch.tensor([taken, put]).to(first.device)
+        gathered.index_copy_(0, index[1], step.features.index_select(0, index[0]))
+    return gathered

@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dspark_batch.drafters.base import DraftRow
+from dspark_batch.drafters.base import Committed, DraftRow
 from dspark_batch.drafters.dspark.checkpoint import DrafterWeights, load_checkpoint
-from dspark_batch.drafters.dspark.context_cache import ContextCache, RowContext
+from dspark_batch.drafters.dspark.context_cache import ContextCache, RowContext, StepFeatures
 from dspark_batch.drafters.dspark.draft_sampler import DraftSampler
 from dspark_batch.drafters.dspark.model import DSparkModel
 from dspark_batch.drafters.dspark.target_parts import TargetParts
@@ -125,14 +125,16 @@ class DSparkDrafter:
         return out.block()
 
     @torch.inference_mode()
-    def observe(self, row: DraftRow, features: Tensor | None, start: int) -> None:
+    def observe(self, committed: Sequence[Committed], features: Tensor) -> None:
         """Keep the features; they are projected when their row next drafts, or when too many wait."""
-        assert features is not None, "a drafter with taps is given features"
-        context = self.cache.get(row.handle)
-        if context is None:
-            return
-        assert start == context.num_known, f"features from position {start} on, {context.num_known} are known"
-        self.cache.append(context, features)
+        step = StepFeatures(features)
+        for one in committed:
+            context = self.cache.get(one.row.handle)
+            if context is None:
+                continue
+            known = context.num_known
+            assert one.start == known, f"features from position {one.start} on, {known} are known"
+            self.cache.append(context, step, offset=one.offset, num_tokens=one.num_tokens)
         if self.cache.is_overfull:
             self.model.extend(self.cache, list(self.cache.rows()))
 

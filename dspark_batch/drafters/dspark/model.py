@@ -58,7 +58,7 @@ class DSparkModel:
         positions = [p for row in behind for p in range(row.length, row.num_known)]
         places = [row.start + p for row in behind for p in range(row.length, row.num_known)]
         index = torch.tensor([positions, places]).to(self._parts.device)
-        features = torch.cat(cache.take_pending(behind)).to(self._parts.dtype)
+        features = cache.take_pending(behind).to(self._parts.dtype)
         for first in range(0, features.shape[0], _MAX_TOKENS_AT_ONCE):
             part = slice(first, first + _MAX_TOKENS_AT_ONCE)
             at = index[0, part]

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from dspark_batch.core import Request, SamplingParams
-from dspark_batch.drafters.base import DraftRow
+from dspark_batch.drafters.base import Committed, DraftRow
 from dspark_batch.drafters.hybrid import HybridDrafter
 from dspark_batch.drafters.suffix import SuffixConfig, SuffixDrafter
 from dspark_batch.engine.config import EngineConfig
@@ -38,7 +38,7 @@ class Fixed:
 
     def add(self, row: DraftRow) -> None: ...
 
-    def observe(self, row: DraftRow, features: Tensor | None, start: int) -> None: ...
+    def observe(self, committed: Sequence[Committed], features: Tensor) -> None: ...
 
     def remove(self, row: DraftRow, *, finished: bool) -> None: ...
 

@@ -41,7 +41,6 @@ def test_drafts_equal_a_brute_force_search_while_the_row_grows(
     drafter.add(row)
     for cut in [*sorted(cuts), len(tokens)]:
         live.extend(tokens[len(live) : cut])
-        drafter.observe(row, None, 0)
         drafter.check_integrity()
         (draft,) = drafter.propose([row], [limit]).token_ids
         assert list(draft) == brute_force(live, limit, max_ngram=max_ngram, min_ngram=min_ngram)

@@ -52,7 +52,6 @@ def simulate(drafter: SuffixDrafter, output: Output, *, num_rows: int, concurren
             row.token_ids.extend(text[done : done + accepted + 1])  # type: ignore[attr-defined]
             rounds[row.handle] = rounds.get(row.handle, 0) + 1
             emitted += accepted + 1
-            drafter.observe(row, None, done)
             if row.token_ids[-1] == EOS:
                 drafter.remove(row, finished=True)
                 del active[row.handle]

@@ -2,7 +2,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dspark_batch.drafters.dspark.context_cache import ContextCache
+from dspark_batch.drafters.dspark.context_cache import ContextCache, StepFeatures
 
 
 def make_cache(num_tokens: int, *, limit: int = 10**9) -> ContextCache:
@@ -54,18 +54,55 @@ def test_waiting_features_are_counted_by_what_they_keep_alive() -> None:
     first, second = cache.get(1), cache.get(2)
     assert first is not None
     assert second is not None
-    step = torch.ones(10, 8)
-    cache.append(first, step[:1])
-    cache.append(second, step[5:8])
-    assert not cache.is_overfull, "two views of one tensor of 320 bytes"
-    cache.append(first, torch.ones(10, 8)[:1])
+    step = StepFeatures(torch.arange(80.0).view(10, 8))
+    cache.append(first, step, offset=0, num_tokens=1)
+    cache.append(second, step, offset=5, num_tokens=3)
+    assert not cache.is_overfull, "two pieces of one tensor of 320 bytes"
+    cache.append(first, StepFeatures(-step.features), offset=4, num_tokens=1)
     assert cache.is_overfull
     cache.check_integrity()
     taken = cache.take_pending([first])
-    assert [part.shape[0] for part in taken] == [1, 1]
+    assert taken.tolist() == [step.features[0].tolist(), (-step.features[4]).tolist()]
     assert (first.length, first.num_pending, second.num_pending) == (2, 0, 3)
     assert not cache.is_overfull
-    cache.append(first, torch.ones(40, 8)[:1])
+    cache.append(first, StepFeatures(torch.ones(40, 8)), offset=39, num_tokens=1)
     assert cache.is_overfull
     cache.remove(1)
     assert not cache.is_overfull, "a row that leaves takes its features with it"
+    cache.check_integrity()
+
+
+@given(st.lists(st.lists(st.integers(0, 3), min_size=3, max_size=3), min_size=1, max_size=12), st.data())
+def test_taken_features_are_the_rows_own_in_order(steps: list[list[int]], data: st.DataObject) -> None:
+    """steps[i][r]: tokens that step i committed of row r, behind one that it rejected."""
+    cache = make_cache(256)
+    rows = []
+    for handle in range(3):
+        assert cache.add(handle, 64)
+        rows.append(cache.get(handle))
+    seen: list[list[float]] = [[], [], []]
+    taken: list[list[float]] = [[], [], []]
+    value = 0
+    for counts in steps:
+        features = torch.arange(value, value + sum(counts) + 3).float()[:, None]
+        value += len(features)
+        step, offset = StepFeatures(features), 0
+        for r, count in enumerate(counts):
+            if count:
+                cache.append(rows[r], step, offset=offset, num_tokens=count)
+                seen[r] += features[offset : offset + count, 0].tolist()
+            offset += count + 1
+        cache.check_integrity()
+        chosen = [r for r in data.draw(st.sets(st.integers(0, 2))) if rows[r].num_pending]
+        if chosen:
+            got = cache.take_pending([rows[r] for r in chosen])[:, 0].tolist()
+            for r in chosen:
+                new = len(seen[r]) - len(taken[r])
+                taken[r] += got[:new]
+                del got[:new]
+            assert not got
+        cache.check_integrity()
+    assert all(seen[r][: len(taken[r])] == taken[r] for r in range(3))
+    for handle in range(3):
+        cache.remove(handle)
+    cache.check_integrity()

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from dspark_batch.core import SamplingParams
-from dspark_batch.drafters.base import DraftRow
+from dspark_batch.drafters.base import Committed, DraftRow
 from dspark_batch.drafters.dspark import drafter as drafter_module
 from dspark_batch.drafters.dspark.drafter import DSparkDrafter
 from dspark_batch.testing.tiny_drafter import PlainParts, random_drafter, tiny_drafter_config
@@ -31,11 +31,15 @@ def features_of(row: DraftRow, start: int, end: int) -> Tensor:
     return torch.randn(61, 96, generator=torch.Generator().manual_seed(100 + row.handle))[start:end]
 
 
+def show(drafter: DSparkDrafter, row: DraftRow, start: int, end: int) -> None:
+    drafter.observe([Committed(row, start, end - start, 0)], features_of(row, start, end))
+
+
 def rows_in(drafter: DSparkDrafter, **fields: Any) -> list[DraftRow]:
     rows = [make_row(handle, prompt_len, **fields) for handle, prompt_len in enumerate(PROMPTS)]
     for row in rows:
         drafter.add(row)
-        drafter.observe(row, features_of(row, 0, row.prompt_len), 0)
+        show(drafter, row, 0, row.prompt_len)
     return rows
 
 
@@ -70,7 +74,7 @@ def test_without_shared_noise_sampled_rows_come_with_their_distributions(draft_v
     sampled = rows_in(drafter, temperature=0.8)
     greedy = make_row(9, 4)
     drafter.add(greedy)
-    drafter.observe(greedy, features_of(greedy, 0, 4), 0)
+    show(drafter, greedy, 0, 4)
     block = drafter.propose([*sampled, greedy], [5, 3, 0, 1, 5, 4])
     assert block.probs[2] is None
     assert block.probs[5] is None
@@ -128,9 +132,9 @@ def test_rows_reserve_no_more_than_the_targets_context() -> None:
     row = make_row(0, 30, max_new_tokens=1000)
     drafter.add(row)
     assert drafter.cache.num_total_tokens - drafter.cache.num_free_tokens == 40 + 5
-    drafter.observe(row, features_of(row, 0, 30), 0)
+    show(drafter, row, 0, 30)
     row.token_ids.extend([1] * 9)  # type: ignore[attr-defined]
-    drafter.observe(row, features_of(row, 30, 39), 30)
+    show(drafter, row, 30, 39)
     [ids] = drafter.propose([row], [5]).token_ids
     assert len(ids) == 5
 
@@ -139,8 +143,8 @@ def test_features_out_of_order_are_a_fault() -> None:
     drafter = make_drafter()
     row = make_row(0, 8)
     drafter.add(row)
-    drafter.observe(row, features_of(row, 0, 4), 0)
+    show(drafter, row, 0, 4)
     with pytest.raises(AssertionError, match="from position 5 on, 4 are known"):
-        drafter.observe(row, features_of(row, 5, 8), 5)
+        show(drafter, row, 5, 8)
     with pytest.raises(AssertionError, match="invariant 5"):
         drafter.propose([row], [5])
