@@ -20,10 +20,18 @@ from dspark_batch.metrics import PlanReason
 from dspark_batch.scheduling.cost import DraftCost, StepCost
 from dspark_batch.scheduling.exploration import Exploration
 from dspark_batch.scheduling.gate import Gate
-from dspark_batch.scheduling.lengths import CHEAP_DRAFT, best_lengths, costs_by_token, row_seconds, rows_worth_drafting
-from dspark_batch.scheduling.planner import Admitted, StepSeconds, admit, admit_budget, admit_early_stop
+from dspark_batch.scheduling.lengths import (
+    CHEAP_DRAFT,
+    AskedRows,
+    best_lengths,
+    costs_by_token,
+    row_seconds,
+    rows_worth_drafting,
+)
+from dspark_batch.scheduling.planner import Admitted, admit, admit_budget, admit_early_stop
 from dspark_batch.scheduling.policies import RoundLoad, RoundOutcome, is_one_hot
-from dspark_batch.scheduling.settling import Settling
+from dspark_batch.scheduling.prices import Prices
+from dspark_batch.scheduling.settling import Pace, Settling
 from dspark_batch.scheduling.shadow import ShadowLabels, labels_of_round
 from dspark_batch.scheduling.survival import FlatDraft, SurvivalModel
 from dspark_batch.tensors import DraftBlock, VerifyPlan
@@ -34,12 +42,12 @@ Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 CausalRule = Literal["early_stop", "lagged"]
 
-_ASK_AGAIN_EVERY = 32
 _PROBED_SHARE = 8
 _HARDLY_DEARER = 1.5
 _CHEAP_ROUND = 1.2
 _PROMISING = 0.02
 _SHORT_DRAFT_TOKENS = 4
+_YOUNG_LABELS = 512
 _FEWEST_LABELS = 16
 _CLEAR_SAVING = 0.5
 _PLAIN_EVERY_IN_DOUBT = 8
@@ -51,12 +59,13 @@ _PLAIN_EVERY_IF_CLEAR = 512
 @dataclass(slots=True, eq=False)
 class _Round:
     """The round between its draft lengths and its outcome. is_probe: of a closed gate; promise: what drafting for all
-    rows would save in plain steps, where that is known. is_settled: not planned. may_follow: emitted tokens are labels
-    for all drafted ones."""
+    rows would save in plain steps, where that is known. is_settled: not planned. is_lesson: it is learned from.
+    may_follow: emitted tokens are labels for all drafted ones."""
 
     asked: Ints
     is_probe: bool
     is_settled: bool = False
+    is_lesson: bool = True
     draft: DraftBlock | None = None
     flat: FlatDraft | None = None
     may_follow: bool = False
@@ -90,6 +99,7 @@ class AutoLength:
         self._causal_rule = causal_rule
         self.cost = cost
         self.draft_cost = draft_cost or DraftCost()
+        self._prices = Prices(cost, self.draft_cost)
         self._model = SurvivalModel(max_draft_tokens, expected_survival)
         self._gates: dict[int, Gate] = {}
         self._budgets: dict[int, int] = {}
@@ -98,11 +108,15 @@ class AutoLength:
         self._shadows = ShadowLabels(self._model)
         self._sees_tokens = True
         self._num_probes = 0
+        self._num_rounds = 0
+        self._plain_seen: dict[int, int] = {}
         self._handles: Sequence[int] = ()
         self._num_finished = 0
         self._rounds_drafted = 0
         self._rounds_drafted_in_a_row = 0
         self._settling = Settling()
+        self._pace = Pace()
+        self._asked_rows = AskedRows()
         self._reason = PlanReason.OFF
 
     @property
@@ -116,7 +130,11 @@ class AutoLength:
             settled: list[int] = limits.tolist()
             return settled
         lengths = self._choose_lengths(load, limits)
-        self._round = _Round(lengths, self._reason is PlanReason.EXPLORE) if lengths.any() else None
+        self._round = None
+        if lengths.any():
+            is_probe = self._reason is PlanReason.EXPLORE
+            is_young = is_probe or not self._model.has_signal or self._model.num_labels < _YOUNG_LABELS
+            self._round = _Round(lengths, is_probe, is_lesson=self._pace.is_lesson(is_young=is_young))
         chosen: list[int] = lengths.tolist()
         return chosen
 
@@ -129,13 +147,14 @@ class AutoLength:
         is_legal = self._may_use_draft or is_one_hot(draft)
         current.draft, current.flat = draft, flat
         current.may_follow = is_legal and self._sees_tokens
-        self._model.see(draft, flat, current.asked)
+        if current.is_lesson:
+            self._model.see(draft, flat, current.asked)
         if self.cost is None:
             return VerifyPlan(verify_len=flat.offered.tolist())
         if not len(flat.row):
             if not current.is_probe:
                 self._reason = PlanReason.NO_OFFER
-            current.promise = self._promise(load, current, np.zeros(0))
+            current.promise = self._prices.promise(load, current.asked, np.zeros(0)) if current.is_probe else None
             return VerifyPlan(verify_len=flat.offered.tolist())
         if current.is_probe and not current.may_follow:
             return VerifyPlan(verify_len=flat.offered.tolist())
@@ -143,7 +162,7 @@ class AutoLength:
         if current.is_probe:
             if self._model.num_labels < _FEWEST_LABELS:
                 return VerifyPlan(verify_len=[0] * len(flat.offered))
-            current.promise = self._promise(load, current, survival)
+            current.promise = self._prices.promise(load, current.asked, survival)
         lengths = self._verify_lengths(load, current, survival, is_legal=is_legal)
         if not lengths.any() and not current.is_probe:
             self._reason = PlanReason.NOT_WORTH_IT
@@ -161,7 +180,14 @@ class AutoLength:
             self._rounds_drafted_in_a_row += 1
             return
         num_rows = len(load.handles)
-        if 2 * outcome.num_prefill_tokens <= outcome.num_step_tokens:
+        self._num_rounds += 1
+        if outcome.num_step_tokens == num_rows:
+            self._plain_seen[num_rows.bit_length()] = self._num_rounds
+        is_lesson = current.is_lesson if current is not None else self._pace.is_lesson(is_young=False)
+        is_lesson |= self._reason is PlanReason.PLAIN_STEP or not self.cost.is_trusted(
+            outcome.num_step_tokens, num_rows=num_rows
+        )
+        if is_lesson and 2 * outcome.num_prefill_tokens <= outcome.num_step_tokens:
             # Prompt tokens need no logits: a step that is mostly prompt would look too cheap for its size.
             self.cost.observe(
                 outcome.num_step_tokens, outcome.step_s, num_rows=num_rows, context_tokens=load.context_tokens
@@ -173,16 +199,17 @@ class AutoLength:
         self.draft_cost.observe(num_drafting, int(current.asked.max()), outcome.draft_s)
         gate = self._gates[num_rows.bit_length()]
         if current.is_probe:
-            plain_s = self._plain_s(load)
+            plain_s = self._prices.plain_s(load)
             self._learn_from_probe(load, current, outcome)
             gate.observe_probe(current.promise, num_rows=num_drafting, cost_share=outcome.draft_s / plain_s)
             return
         self._rounds_drafted += 1
         self._rounds_drafted_in_a_row += 1
         assert current.draft is not None, "set by verify_plan"
-        labels = labels_of_round(current.draft, current.flat, outcome, may_follow=current.may_follow)
-        self._model.observe(load.handles, current.flat, *labels)
-        gate.observe(self._saved(load, current, outcome), num_rows=num_rows)
+        if current.is_lesson:
+            labels = labels_of_round(current.draft, current.flat, outcome, may_follow=current.may_follow)
+            self._model.observe(load.handles, current.flat, *labels)
+        gate.observe(self._prices.saved(load, current.asked, outcome), num_rows=num_rows)
         is_whole = sum(outcome.num_verified) == sum(min(limit, self._max_draft_tokens) for limit in load.limits)
         self._settling.observe(is_whole=is_whole, saved=gate.saved)
 
@@ -217,7 +244,7 @@ class AutoLength:
         num_rows = len(limits)
         able = np.flatnonzero(limits)
         longest = int(limits.max())
-        plain_s = self._plain_s(load)
+        plain_s = self._prices.plain_s(load)
         count = max(1, num_rows // _PROBED_SHARE)
         has_free_labels = self._may_use_draft and self._sees_tokens
         if has_free_labels and self.draft_cost.is_known:
@@ -238,27 +265,29 @@ class AutoLength:
     def _lengths_to_ask(self, load: RoundLoad, limits: Ints) -> Ints:
         """[R] lengths of an open gate. Where the drafter says which of its tokens are good, drafts are asked for in
         full, and trimmed afterwards."""
+        rows = self._asked_rows.chosen_before(load.handles)
+        if rows is not None:
+            return limits * rows
         num_rows, longest = len(limits), int(limits.max(initial=0))
-        plain_s = self._plain_s(load)
+        plain_s = self._prices.plain_s(load)
         row_s = row_seconds(self.draft_cost, num_rows=num_rows, longest=longest)
         is_by_token = costs_by_token(self.draft_cost, num_rows=num_rows, longest=longest, plain_s=plain_s)
         if self._model.has_signal and not is_by_token and num_rows * row_s < CHEAP_DRAFT * plain_s:
-            return limits
+            return limits * self._asked_rows.choose(load.handles, np.ones(num_rows, bool))
         survival = self._model.history.survival(load.handles, self._max_draft_tokens)
         if not self._model.has_signal or is_by_token:
             lengths, _ = self._best_lengths(load, limits, survival)
             return np.minimum(limits, lengths.max(initial=0)) if self._model.has_signal else lengths
         worth = rows_worth_drafting(survival, plain_s=plain_s, row_s=row_s)
-        worth |= (np.array(load.handles) + self._rounds_drafted) % _ASK_AGAIN_EVERY == 0
-        return limits * worth
+        return limits * self._asked_rows.choose(load.handles, worth)
 
     def _best_lengths(self, load: RoundLoad, limits: Ints, survival: Floats) -> tuple[Ints, float]:
         return best_lengths(
             limits,
             survival,
             offered=self._model.history.offer_rates(),
-            step_seconds=self._seconds(load),
-            plain_s=self._plain_s(load),
+            step_seconds=self._prices.step_seconds(load),
+            plain_s=self._prices.plain_s(load),
             draft_cost=self.draft_cost,
         )
 
@@ -276,7 +305,7 @@ class AutoLength:
 
     def _admit(self, load: RoundLoad, survival: Floats, draft_s: float, *, is_legal: bool) -> Admitted:
         num_rows = len(load.handles)
-        step_seconds = self._seconds(load)
+        step_seconds = self._prices.step_seconds(load)
         if is_legal:
             return admit(survival, num_rows=num_rows, step_seconds=step_seconds, draft_s=draft_s)
         if self._causal_rule == "early_stop":
@@ -290,24 +319,6 @@ class AutoLength:
             return admit_early_stop(survival, num_rows=num_rows, step_seconds=step_seconds, draft_s=draft_s)
         return admit_budget(survival, budget=budget, num_rows=num_rows, step_seconds=step_seconds, draft_s=draft_s)
 
-    def _promise(self, load: RoundLoad, current: _Round, survival: Floats) -> float | None:
-        """What drafting would save, in plain steps, if all rows drafted as those of the probe did."""
-        if not current.is_probe:
-            return None
-        num_rows = len(load.handles)
-        stands_for = num_rows / int(np.count_nonzero(current.asked))
-        draft_s = self.draft_cost.seconds(num_rows, int(current.asked.max()))
-        step_seconds = self._seconds(load)
-        admitted = admit(
-            survival,
-            num_rows=num_rows,
-            step_seconds=step_seconds,
-            draft_s=draft_s,
-            offered=np.full(len(survival), stands_for),
-        )
-        before_s, after_s = step_seconds(np.array([0.0, admitted.num_tokens])).tolist()
-        return float(admitted.num_accepted / num_rows - (after_s - before_s + draft_s) / before_s)
-
     def _learn_from_probe(self, load: RoundLoad, current: _Round, outcome: RoundOutcome) -> None:
         assert current.flat is not None, "set by verify_plan"
         assert current.draft is not None, "set by verify_plan"
@@ -317,42 +328,8 @@ class AutoLength:
         labels = labels_of_round(current.draft, current.flat, outcome, may_follow=False)
         self._model.observe(load.handles, current.flat, *labels)
         if len(current.flat.row):
-            current.promise = self._promise(load, current, self._model.of_draft(load.handles, current.flat))
-
-    def _saved(self, load: RoundLoad, current: _Round, outcome: RoundOutcome) -> float:
-        """The share of a plain step that the round saved: its accepted tokens' worth, less the extra time."""
-        assert self.cost is not None, "nothing is judged without costs"
-        num_rows = len(load.handles)
-        num_extra = sum(outcome.num_verified)
-        base = outcome.num_step_tokens - num_extra
-        plain_s, before_s, after_s = self.cost.at(
-            [num_rows, base, base + num_extra], num_rows=num_rows, context_tokens=load.context_tokens
-        )
-        # The step's own time, so that a wrong curve cannot keep drafting up; within bounds, against hiccups.
-        took_s = min(max(outcome.step_s, 0.5 * after_s), 2.0 * after_s) if num_extra else after_s
-        drafted_s = self.draft_cost.seconds(int(np.count_nonzero(current.asked)), int(current.asked.max()))
-        gained = sum(outcome.num_accepted) / num_rows
-        return float(gained - (took_s - before_s + drafted_s) / plain_s)
-
-    def _seconds(self, load: RoundLoad) -> StepSeconds:
-        """Seconds of the round's step by the number of drafted tokens in it."""
-        cost, num_rows = self.cost, len(load.handles)
-        assert cost is not None, "nothing is planned without costs"
-        base = num_rows + load.num_prefill_tokens
-
-        def step_seconds(num_extra: Floats) -> Floats:
-            at = np.concatenate([[float(num_rows), float(base)], base + num_extra])
-            seconds = cost.seconds(at, num_rows=num_rows, context_tokens=load.context_tokens)
-            # Prompt tokens of the same step are paid for anyway; they only move the place on the curve.
-            moved: Floats = seconds[2:] - seconds[1] + seconds[0]
-            return moved
-
-        return step_seconds
-
-    def _plain_s(self, load: RoundLoad) -> float:
-        assert self.cost is not None, "nothing is planned without costs"
-        num_rows = len(load.handles)
-        return self.cost.at([num_rows], num_rows=num_rows, context_tokens=load.context_tokens)[0]
+            survival = self._model.of_draft(load.handles, current.flat)
+            current.promise = self._prices.promise(load, current.asked, survival)
 
     def _gate(self, load: RoundLoad, limits: Ints) -> Gate:
         """One gate for each octave of rows: what pays in the tail need not pay in a full batch. It begins open where
@@ -366,7 +343,7 @@ class AutoLength:
                 is_open = self._best_lengths(load, limits, survival)[1] > 1.0 + _PROMISING
             else:
                 short = np.array([0.0, float(_SHORT_DRAFT_TOKENS * num_rows)])
-                plain_s, drafted_s = self._seconds(load)(short).tolist()
+                plain_s, drafted_s = self._prices.step_seconds(load)(short).tolist()
                 drafted_s += self.draft_cost.seconds(num_rows, self._max_draft_tokens)
                 is_open = drafted_s < _CHEAP_ROUND * plain_s
             self._gates[octave] = Gate(is_open=is_open)
@@ -393,6 +370,6 @@ class AutoLength:
             wait = _PLAIN_EVERY_IN_DOUBT
         if self._rounds_drafted_in_a_row < wait:
             return False
-        since = self.cost.steps_since(num_rows, num_rows=num_rows)
         self._rounds_drafted_in_a_row = 0
-        return since is None or since >= wait
+        seen = self._plain_seen.get(num_rows.bit_length())
+        return seen is None or self._num_rounds - seen >= wait

@@ -26,6 +26,9 @@ KNOTS = (
 )
 """Flat tokens at which the correction of the table is kept; linear in between."""
 
+_SLOPE_PRIOR = 4.0
+_KNOT_PRIOR = 20.0
+_LOG_KNOTS: Floats = np.log(KNOTS)
 _BOUNDS = tuple(math.sqrt(low * high) for low, high in pairwise(KNOTS))
 _WINDOW = 21
 _PRIOR_STEPS = 4
@@ -46,17 +49,27 @@ class _Bend:
 
     ratios: dict[int, deque[float]] = field(default_factory=dict)
     medians: dict[int, float] = field(default_factory=dict)
-    last_seen: dict[int, int] = field(default_factory=dict)
     last_surprise: dict[int, float] = field(default_factory=dict)
     logs: list[float] | None = None
 
     def curve(self) -> list[float]:
-        """[knots] logs; carried over from the nearest observed knots where a knot has none."""
+        """[knots] logs: a line in the logarithm of the tokens, and of what each observed knot adds to it the part that
+        its number of steps vouches for; carried over from the nearest observed knots where a knot has none.
+
+        The median at one knot is noisier than what a token more costs at a few rows: a knot that happens to look dear
+        would not be visited again.
+        """
         if not self.medians:
             return [0.0] * len(KNOTS)
         if self.logs is None:
             seen = sorted(self.medians)
-            table = np.interp(np.arange(len(KNOTS)), seen, np.log([self.medians[knot] for knot in seen]))
+            weights = np.array([len(self.ratios[knot]) for knot in seen], np.float64)
+            x, y = _LOG_KNOTS[seen], np.log([self.medians[knot] for knot in seen])
+            mean_x, mean_y = (float(weights @ values / weights.sum()) for values in (x, y))
+            slope = float(weights @ ((x - mean_x) * (y - mean_y)) / (weights @ (x - mean_x) ** 2 + _SLOPE_PRIOR))
+            rest = (y - mean_y - slope * (x - mean_x)) * weights / (weights + _KNOT_PRIOR)
+            line = mean_y + slope * (np.clip(_LOG_KNOTS, x[0], x[-1]) - mean_x)
+            table = line + np.interp(np.arange(len(KNOTS)), seen, rest)
             self.logs = np.clip(table, -_MAX_LOG_BEND, _MAX_LOG_BEND).tolist()
         return self.logs
 
@@ -95,7 +108,6 @@ class StepCost:
         window = bend.ratios.setdefault(knot, deque([before] * _PRIOR_STEPS, maxlen=_WINDOW))
         window.append(before * math.exp(surprise))
         bend.medians[knot] = sorted(window)[len(window) // 2]
-        bend.last_seen[knot] = self._num_observed
         bend.last_surprise[knot] = surprise
         if self._num_observed % _STEPS_PER_FIT == 0 or self._num_observed < 2 * _STEPS_PER_FIT:
             bend.logs = None
@@ -127,12 +139,6 @@ class StepCost:
         bend = self._bends.get(num_rows.bit_length())
         surprise = bend.last_surprise.get(_nearest(num_tokens)) if bend is not None else None
         return surprise is not None and abs(surprise) < _TRUSTED_LOG_SURPRISE
-
-    def steps_since(self, num_tokens: int, *, num_rows: int) -> int | None:
-        """Steps seen since one of about this size, or None if there was none."""
-        bend = self._bends.get(num_rows.bit_length())
-        seen = bend.last_seen.get(_nearest(num_tokens)) if bend is not None else None
-        return None if seen is None else self._num_observed - seen
 
 
 class DraftCost:

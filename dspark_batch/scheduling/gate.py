@@ -9,7 +9,7 @@ _LONGEST_PAUSE = 64
 _EXPLORATION_SHARE = 0.005
 """Of the time of plain decoding, spent on drafts of a closed gate, once the first credit is spent."""
 
-_FIRST_CREDIT = 2.0
+_FIRST_CREDIT = 0.5
 """Plain steps that the first probes may take before they have to keep to their share."""
 
 _FEWEST_PROBES = 2

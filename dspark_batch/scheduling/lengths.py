@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -11,6 +13,10 @@ from dspark_batch.scheduling.survival import positions
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
+Bools = NDArray[np.bool_]
+
+_ROUNDS_PER_CHOICE = 4
+_ASK_AGAIN_EVERY = 32
 
 CHEAP_DRAFT = 0.03
 """Share of a plain step below which a difference in drafting time is not worth a thought."""
@@ -69,11 +75,36 @@ def row_seconds(draft_cost: DraftCost, *, num_rows: int, longest: int) -> float:
     return (draft_cost.seconds(num_rows, longest) - draft_cost.seconds(half, longest)) / (num_rows - half)
 
 
-def rows_worth_drafting(survival: Floats, *, plain_s: float, row_s: float) -> NDArray[np.bool_]:
+def rows_worth_drafting(survival: Floats, *, plain_s: float, row_s: float) -> Bools:
     """[R] whether a row's expected accepted tokens are worth the ``row_s`` seconds that it adds to the draft.
 
     survival: [R, K]. A token is worth what it takes to decode it plainly. Verification is not counted: the draft will
     be trimmed.
     """
-    worth: NDArray[np.bool_] = survival.sum(1) * plain_s / len(survival) > row_s
+    worth: Bools = survival.sum(1) * plain_s / len(survival) > row_s
     return worth
+
+
+class AskedRows:
+    """Which rows are asked for drafts. A choice stands for a few rounds of the same batch; rows that were left out are
+    asked again now and then."""
+
+    def __init__(self) -> None:
+        self._handles: Sequence[int] = ()
+        self._rows: Bools = np.zeros(0, bool)
+        self._num_left = 0
+        self._num_choices = 0
+
+    def chosen_before(self, handles: Sequence[int]) -> Bools | None:
+        """[R] the choice of an earlier round, where it stands; call once per round."""
+        if not self._num_left or self._handles != handles:
+            return None
+        self._num_left -= 1
+        return self._rows
+
+    def choose(self, handles: Sequence[int], worth: Bools) -> Bools:
+        """[R] the rows whose drafts are worth it, and those whose turn it is."""
+        self._handles, self._num_left = handles, _ROUNDS_PER_CHOICE - 1
+        self._num_choices += 1
+        self._rows = worth | ((np.array(handles) + self._num_choices) % _ASK_AGAIN_EVERY == 0)
+        return self._rows

@@ -1,4 +1,4 @@
-"""Rounds that need no plan of their own: where drafting saves much and plans cut nothing."""
+"""Rounds that need no thought of their own: no plan where plans cut nothing, no lesson where much is known."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass
 _SETTLED_AFTER = 8
 _SETTLED_ROUNDS = 3
 _SETTLED_SAVING = 0.3
+_ROUNDS_PER_LESSON = 4
 
 
 @dataclass(slots=True)
@@ -33,3 +34,18 @@ class Settling:
         self.num_whole = self.num_whole + 1 if is_whole and saved > _SETTLED_SAVING else 0
         if self.num_whole >= _SETTLED_AFTER:
             self.num_left = _SETTLED_ROUNDS
+
+
+@dataclass(slots=True)
+class Pace:
+    """Once much is known, one round in a few is learned from: at a few rows lessons take as long as plans do.
+
+    The choice depends on the number of rounds alone, so what is learned is not biased by it.
+    """
+
+    num_rounds: int = 0
+
+    def is_lesson(self, *, is_young: bool) -> bool:
+        """Call once for every round. is_young: little is known yet."""
+        self.num_rounds += 1
+        return is_young or self.num_rounds % _ROUNDS_PER_LESSON == 0

@@ -36,8 +36,8 @@ def test_dear_probes_are_followed_by_long_pauses_once_their_credit_is_spent() ->
     gate, pauses = Gate(), []
     for _ in range(6):
         pauses.append(wait(gate))
-        gate.observe_probe(0.01, num_rows=1, cost_share=0.5)
-    assert pauses == [0, 4, 4, 4, 100, 100]
+        gate.observe_probe(0.01, num_rows=1, cost_share=0.125)
+    assert pauses == [0, 4, 4, 4, 25, 25]
 
 
 def test_a_probe_that_tells_nothing_is_repeated_soon() -> None:

@@ -86,10 +86,10 @@ def test_it_never_falls_with_more_tokens() -> None:
 def test_a_step_without_a_time_is_ignored() -> None:
     cost = measured()
     see(cost, 8, 0.0)
-    assert cost.steps_since(8, num_rows=8) is None
+    assert not cost.is_trusted(8, num_rows=8)
     see(cost, 8, 0.1)
     see(cost, 64, 0.2)
-    assert cost.steps_since(8, num_rows=8) == 1
+    assert cost.is_trusted(8, num_rows=8)
 
 
 def test_drafting_costs_are_split_into_call_rows_and_tokens() -> None:
