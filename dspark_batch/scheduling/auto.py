@@ -45,6 +45,7 @@ CausalRule = Literal["early_stop", "lagged"]
 _PROBED_SHARE = 8
 _HARDLY_DEARER = 1.5
 _CHEAP_ROUND = 1.2
+_LEAST_GAIN_OF_A_CUT = 0.02
 _PROMISING = 0.02
 _SHORT_DRAFT_TOKENS = 4
 _YOUNG_LABELS = 512
@@ -124,6 +125,10 @@ class AutoLength:
         return self._reason
 
     def draft_lengths(self, load: RoundLoad) -> Sequence[int]:
+        gate = self._gates.get(len(load.handles).bit_length())
+        if gate is not None and load.handles == self._handles and gate.rests():
+            self._round, self._reason = None, PlanReason.PAUSED
+            return [0] * len(load.handles)
         limits = np.minimum(np.array(load.limits, np.int64), self._max_draft_tokens)
         if self._settling.takes_round(is_same_batch=load.handles == self._handles and bool(limits.any())):
             self._round = _Round(limits, is_probe=False, is_settled=True)
@@ -307,7 +312,13 @@ class AutoLength:
         num_rows = len(load.handles)
         step_seconds = self._prices.step_seconds(load)
         if is_legal:
-            return admit(survival, num_rows=num_rows, step_seconds=step_seconds, draft_s=draft_s)
+            return admit(
+                survival,
+                num_rows=num_rows,
+                step_seconds=step_seconds,
+                draft_s=draft_s,
+                least_gain=_LEAST_GAIN_OF_A_CUT,
+            )
         if self._causal_rule == "early_stop":
             return admit_early_stop(survival, num_rows=num_rows, step_seconds=step_seconds, draft_s=draft_s)
         octave = num_rows.bit_length()

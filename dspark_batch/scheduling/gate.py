@@ -50,13 +50,17 @@ class Gate:
         """Whether pauses are so long that what earlier probes found may be out of date."""
         return self.pause >= _LONGEST_PAUSE
 
+    def rests(self) -> bool:
+        """Whether the gate is closed and its pause takes this round; call at most once for a round."""
+        if self.is_open or self.num_left <= 0:
+            return False
+        self.num_left -= 1
+        return True
+
     def is_probe_due(self) -> bool:
         """Call once for every round of a closed gate."""
         assert not self.is_open, "an open gate needs no probes"
-        if self.num_left > 0:
-            self.num_left -= 1
-            return False
-        return True
+        return not self.rests()
 
     def observe_probe(self, promise: float | None, *, num_rows: int, cost_share: float) -> None:
         """promise: what drafting for all rows would save, None where too little is known yet. num_rows: that were
