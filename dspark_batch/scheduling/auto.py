@@ -178,6 +178,7 @@ class AutoLength:
         current, self._round = self._round, None
         if self.cost is None:
             return
+        self._num_rounds += 1
         self._sees_tokens = outcome.emitted is not None
         self._shadows.follow(load.handles, outcome.emitted)
         if current is not None and current.is_settled:
@@ -185,7 +186,6 @@ class AutoLength:
             self._rounds_drafted_in_a_row += 1
             return
         num_rows = len(load.handles)
-        self._num_rounds += 1
         if outcome.num_step_tokens == num_rows:
             self._plain_seen[num_rows.bit_length()] = self._num_rounds
         is_lesson = current.is_lesson if current is not None else self._pace.is_lesson(is_young=False)
