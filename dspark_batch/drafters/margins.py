@@ -18,10 +18,16 @@ _NUM_CANDIDATES = 32
 
 def top2_margin(scores: Tensor) -> Tensor:
     """[N, C] -> [N] float32, the lead of the best score over the next; ``MAX_MARGIN`` where there is no other."""
+    return best_and_margin(scores)[1]
+
+
+def best_and_margin(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """[N, C] -> [N] int64 column of the best score, and its :func:`top2_margin`."""
     if scores.shape[1] < 2:
-        return torch.full(scores.shape[:1], MAX_MARGIN, device=scores.device)
-    best = scores.topk(2, dim=-1).values
-    return (best[:, 0] - best[:, 1]).clamp(max=MAX_MARGIN).nan_to_num(0.0).float()
+        return scores.argmax(-1), torch.full(scores.shape[:1], MAX_MARGIN, device=scores.device)
+    best = scores.topk(2, dim=-1)
+    margin = (best.values[:, 0] - best.values[:, 1]).clamp(max=MAX_MARGIN).nan_to_num(0.0).float()
+    return best.indices[:, 0], margin
 
 
 def shared_noise_margin(

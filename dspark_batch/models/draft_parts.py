@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from dspark_batch.models.kernels.library import load_kernels
+from dspark_batch.models.kernels.library import Kernels, load_kernels
 from dspark_batch.models.kernels.packed import PackedLinear
 from dspark_batch.models.linear import Linear
 from dspark_batch.models.native import NativeDecoder
@@ -54,6 +54,11 @@ class RunnerParts:
     def device(self) -> torch.device:
         return self._target.device
 
+    @property
+    def ops(self) -> Kernels | None:
+        """The native kernels, where the target runs on them too."""
+        return load_kernels() if isinstance(self._target.decoder, NativeDecoder) else None
+
     def embed(self, token_ids: Tensor) -> Tensor:
         """[T] int64 -> [T, H]"""
         return self._target.decoder.embed(token_ids)
@@ -64,7 +69,7 @@ class RunnerParts:
 
     def linear(self, weight: Tensor, *, float32: bool = False) -> Callable[[Tensor], Tensor]:
         """The product with ``weight`` [out, in]; on the native kernels where the target runs on them too."""
-        kernels = load_kernels() if isinstance(self._target.decoder, NativeDecoder) else None
+        kernels = self.ops
         if kernels is None or weight.shape[1] % KERNEL_LANES:
             dense = Linear(weight)
             return (lambda x: dense(x).float()) if float32 else dense

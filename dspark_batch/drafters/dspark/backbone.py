@@ -11,10 +11,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from dspark_batch.drafters.dspark.config import DSparkConfig
-from dspark_batch.drafters.dspark.target_parts import LinearOp, MakeLinear
+from dspark_batch.drafters.dspark.target_parts import ElementOps, LinearOp, MakeLinear, TorchOps
+
+_OPS_LANES = 16
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """(layer, q [T, Hq, D], k [T, Hkv, D], v [T, Hkv, D]) of the blocks, rotated -> [T, Hq * D]. It adds the context."""
@@ -24,8 +25,8 @@ Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 class _Layer:
     input_norm: Tensor
     qkv: LinearOp
-    q_norm: Tensor
     k_norm: Tensor
+    qk_norm: Tensor
     output: LinearOp
     mlp_norm: Tensor
     gate_up: LinearOp
@@ -35,14 +36,19 @@ class _Layer:
 class Backbone:
     """The draft layers. Holds no state of rows. T counts flat slots (R rows of ``block_size`` each)."""
 
-    def __init__(self, config: DSparkConfig, weights: Mapping[str, Tensor], *, linear: MakeLinear) -> None:
+    def __init__(
+        self, config: DSparkConfig, weights: Mapping[str, Tensor], *, linear: MakeLinear, ops: ElementOps | None = None
+    ) -> None:
         self.config = config
+        widths = (config.hidden_size, config.head_dim, config.intermediate_size)
+        self._ops = TorchOps() if ops is None or any(width % _OPS_LANES for width in widths) else ops
         self._fc = linear(weights["fc.weight"])
         self._hidden_norm, self._norm = weights["hidden_norm.weight"], weights["norm.weight"]
-        self._layers = tuple(_layer(weights, f"layers.{i}.", linear) for i in range(config.num_layers))
+        self._layers = tuple(_layer(config, weights, f"layers.{i}.", linear) for i in range(config.num_layers))
         # All layers read the same features, so one product makes the context of all of them.
         names = [f"layers.{i}.self_attn.{x}_proj.weight" for i in range(config.num_layers) for x in "kv"]
         self._context_kv = linear(torch.cat([weights[name] for name in names]))
+        self._ones = torch.ones_like(weights["layers.0.self_attn.k_norm.weight"])
 
     def context(self, features: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values [L, M, Hkv, D] of M context positions.
@@ -50,26 +56,26 @@ class Backbone:
         features: [M, len(taps) * H], the target's. cos, sin: [M, D/2] at the tokens' positions.
         """
         config = self.config
-        x = rms_norm(self._fc(features), self._hidden_norm, config.norm_eps)
+        x = self._ops.rms_norm(self._fc(features), self._hidden_norm, config.norm_eps)
         kv = self._context_kv(x).view(x.shape[0], config.num_layers, 2, config.num_kv_heads, config.head_dim)
         norms = torch.stack([layer.k_norm for layer in self._layers]).unsqueeze(1)
-        k = rms_norm(kv[:, :, 0], norms, config.norm_eps)
+        k = self._ops.rms_norm(kv[:, :, 0].contiguous(), self._ones, config.norm_eps) * norms
         k = rotate(k, cos[:, None, None], sin[:, None, None])
         return k.transpose(0, 1), kv[:, :, 1].transpose(0, 1)
 
     def blocks(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
         """[T, H] slot embeddings -> [T, H] final-norm output. cos, sin: [T, D/2] at the slots' positions."""
-        config, eps = self.config, self.config.norm_eps
+        config, eps, ops = self.config, self.config.norm_eps, self._ops
         cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
         num_rotated = config.num_heads + config.num_kv_heads
         for index, layer in enumerate(self._layers):
-            qkv = layer.qkv(rms_norm(x, layer.input_norm, eps)).view(x.shape[0], -1, config.head_dim)
-            q = rotate(rms_norm(qkv[:, : config.num_heads], layer.q_norm, eps), cos, sin)
-            k = rotate(rms_norm(qkv[:, config.num_heads : num_rotated], layer.k_norm, eps), cos, sin)
-            x = x + layer.output(attend(index, q, k, qkv[:, num_rotated:]))
-            gate, value = layer.gate_up(rms_norm(x, layer.mlp_norm, eps)).chunk(2, dim=-1)
-            x = x + layer.down(functional.silu(gate) * value)
-        return rms_norm(x, self._norm, eps)
+            qkv = layer.qkv(ops.rms_norm(x, layer.input_norm, eps)).view(x.shape[0], -1, config.head_dim)
+            normed = ops.rms_norm(qkv[:, :num_rotated].contiguous(), self._ones, eps) * layer.qk_norm
+            qk = rotate(normed, cos, sin)
+            attended = attend(index, qk[:, : config.num_heads], qk[:, config.num_heads :], qkv[:, num_rotated:])
+            x = x + layer.output(attended)
+            x = x + layer.down(ops.silu_mul(layer.gate_up(ops.rms_norm(x, layer.mlp_norm, eps))))
+        return ops.rms_norm(x, self._norm, eps)
 
 
 def backbone_shapes(config: DSparkConfig) -> dict[str, tuple[int, ...]]:
@@ -99,24 +105,21 @@ def backbone_shapes(config: DSparkConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """[..., D]: normalise in float32, round to x's dtype, then scale."""
-    return functional.rms_norm(x.float(), (x.shape[-1],), None, eps).to(x.dtype) * weight
-
-
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary embedding of [..., D]; pair i is dims i and i + D/2. cos, sin: broadcastable to [..., D/2]."""
     low, high = x.chunk(2, dim=-1)
     return torch.cat((low * cos - high * sin, high * cos + low * sin), dim=-1)
 
 
-def _layer(weights: Mapping[str, Tensor], prefix: str, linear: MakeLinear) -> _Layer:
+def _layer(config: DSparkConfig, weights: Mapping[str, Tensor], prefix: str, linear: MakeLinear) -> _Layer:
     attention, mlp = f"{prefix}self_attn.", f"{prefix}mlp."
+    q_norm, k_norm = (weights[f"{attention}{x}_norm.weight"] for x in "qk")
     return _Layer(
         input_norm=weights[f"{prefix}input_layernorm.weight"],
         qkv=linear(torch.cat([weights[f"{attention}{x}_proj.weight"] for x in "qkv"])),
-        q_norm=weights[f"{attention}q_norm.weight"],
-        k_norm=weights[f"{attention}k_norm.weight"],
+        k_norm=k_norm,
+        # Of all rotated heads at once, [Hq + Hkv, D].
+        qk_norm=torch.cat([q_norm.expand(config.num_heads, -1), k_norm.expand(config.num_kv_heads, -1)]),
         output=linear(weights[f"{attention}o_proj.weight"]),
         mlp_norm=weights[f"{prefix}post_attention_layernorm.weight"],
         gate_up=linear(torch.cat([weights[f"{mlp}{x}_proj.weight"] for x in ("gate", "up")])),

@@ -11,6 +11,9 @@ from torch import Tensor
 
 from dspark_batch.extents import ExtentPool
 
+FEW_ROWS = 8
+"""Up to so many rows are written one by one: an indexed copy along an inner dimension takes longer."""
+
 
 @dataclass(slots=True, eq=False)
 class StepFeatures:
@@ -153,6 +156,14 @@ class ContextCache:
             piece.step.num_waiting -= 1
             if not piece.step.num_waiting:
                 self._num_pending_bytes -= piece.step.num_bytes
+
+
+def write_spans(pool: Tensor, spans: Sequence[tuple[int, int]], new: Tensor) -> None:
+    """Copy new [..., M, D], the spans one behind the other, to pool [..., N, D]. spans: (first pool token, count)."""
+    at = 0
+    for first, count in spans:
+        pool[..., first : first + count, :] = new[..., at : at + count, :]
+        at += count
 
 
 def _gather(pieces: Sequence[_Piece]) -> Tensor:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dspark_batch.drafters.base import DraftRow
-from dspark_batch.drafters.margins import top2_margin
+from dspark_batch.drafters.margins import best_and_margin, top2_margin
 from dspark_batch.sampling import noise
 from dspark_batch.sampling.probs import limited_support, limits_support, penalise_
 from dspark_batch.sampling.sampler import PositionBatch, SampledRow
@@ -96,11 +96,12 @@ class DraftSampler:
     def draw(self, logits: Tensor, slot: int) -> Tensor:
         """Target token ids [R] of one slot. Takes ``logits`` [R, Vd] float32 over. Slots come in order."""
         self._penalise(logits)
-        self._margins.append(top2_margin(logits))
+        best, margin = best_and_margin(logits)
+        self._margins.append(margin)
         if self._uniforms is not None:
             columns = self._draw_kept(logits, self._uniforms[:, slot])
         else:
-            columns = self._draw_shared(logits, slot)
+            columns = self._draw_shared(logits, slot, best)
         token_ids = self._vocabulary.to_target(columns)
         if self._penalised:
             drawn = token_ids.tolist()
@@ -129,8 +130,8 @@ class DraftSampler:
         out: list[list[float]] = torch.stack(self._margins, dim=1).tolist()
         return out
 
-    def _draw_shared(self, logits: Tensor, slot: int) -> Tensor:
-        drawn = logits.argmax(-1)
+    def _draw_shared(self, logits: Tensor, slot: int, drawn: Tensor) -> Tensor:
+        """drawn: [R] columns of the best logits; those of sampled rows are replaced."""
         if self._full:
             index = self._index(self._full)
             best = logits[index].topk(min(NUM_CANDIDATES, logits.shape[1]), dim=-1)
