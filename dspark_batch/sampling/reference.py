@@ -17,8 +17,9 @@ def log_probs(logits: Sequence[float], sampling: SamplingParams, *, seen: Sequen
     """[V] float64 log-probabilities of the distribution that is sampled; -inf for tokens that are cut."""
     scores = np.asarray(logits, dtype=np.float64).copy()
     for token in set(seen):
-        penalty = sampling.repetition_penalty
-        scores[token] = scores[token] * penalty if scores[token] < 0 else scores[token] / penalty
+        # In float32, as the logits are: that rounding decides which tokens tie, and tokens that tie are cut together.
+        penalty, score = np.float32(sampling.repetition_penalty), np.float32(scores[token])
+        scores[token] = score * penalty if score < 0 else score / penalty
     if sampling.is_greedy:
         out = np.full_like(scores, -np.inf)
         out[int(scores.argmax())] = 0.0

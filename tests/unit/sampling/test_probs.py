@@ -105,3 +105,15 @@ def test_min_p_finds_rows_with_few_candidates_beside_rows_with_many() -> None:
     alone = probs.limited_support(flat.clone(), [sampling])
     together = probs.limited_support(torch.cat((flat, tied)), [sampling, sampling])
     assert (together.scores[0] > -torch.inf).sum() == (alone.scores[0] > -torch.inf).sum()
+
+
+def test_logits_that_tie_once_one_is_penalised_are_kept_together_by_the_oracle_too() -> None:
+    """The quotient is rounded to float32, in which the two are equal; in float64 the third token would be cut."""
+    seen = 4.052073955535889
+    equal = float(np.float32(seen) / np.float32(1.3))
+    assert equal != float(np.float32(seen)) / 1.3
+    logits = torch.tensor([5.0, equal, seen, 1.0])
+    sampling = SamplingParams(temperature=1.5, top_k=2, repetition_penalty=1.3)
+    ours = by_us(logits, sampling, [2])
+    assert (ours > 0).flatten().tolist() == [True, True, True, False]
+    assert np.isfinite(reference.log_probs(logits.tolist(), sampling, seen=[2])).tolist() == [True, True, True, False]
