@@ -78,8 +78,8 @@ class StepCost:
     """Seconds of a step without its drafting, by flat tokens, rows and mean context; never falls with more tokens.
 
     It is the table's shape, bent, times a level. The level follows every step at once, so that a machine that slows
-    down does not bend the shape. The bend is the median of recent steps over the table at each number of flat tokens,
-    relative to the level, and apart for every octave of rows.
+    down does not bend the shape. The bend is fitted to the medians of recent steps over the table at each number of
+    flat tokens, relative to the level, and apart for every octave of rows.
     """
 
     def __init__(self, table: CostTable) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from dspark_batch.drafters.dspark.config import DSparkConfig
-from dspark_batch.drafters.dspark.context_cache import FEW_ROWS, ContextCache, RowContext, write_spans
+from dspark_batch.drafters.dspark.context_cache import ContextCache, RowContext, SpanWriter
 
 _LENGTH_RATIO = 1.5
 """Rows are padded to a common length only with rows at most this much shorter."""
@@ -48,8 +48,7 @@ class BlockAttention:
         self._config, self._cache, self._rows = config, cache, rows
         self._size = config.block_size
         device = cache.k.device
-        starts = torch.tensor([row.start + row.length for row in rows]).to(device)
-        self._destinations = (starts[:, None] + torch.arange(self._size, device=device)).flatten()
+        self._writer = SpanWriter([(row.start + row.length, self._size) for row in rows], device)
         self._rowwise = device.type == "cpu" if rowwise is None else rowwise
         self._spans = {window: [self._span(row, window) for row in rows] for window in set(config.layer_windows)}
         self._groups: dict[int | None, list[_Group]] = {}
@@ -58,13 +57,8 @@ class BlockAttention:
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         keys, values = self._cache.k[layer], self._cache.v[layer]
-        if self._rowwise and len(self._rows) <= FEW_ROWS:
-            spans = [(row.start + row.length, self._size) for row in self._rows]
-            write_spans(keys, spans, k.transpose(0, 1))
-            write_spans(values, spans, v.transpose(0, 1))
-        else:
-            keys.index_copy_(1, self._destinations, k.transpose(0, 1))
-            values.index_copy_(1, self._destinations, v.transpose(0, 1))
+        self._writer.write(keys, k.transpose(0, 1))
+        self._writer.write(values, v.transpose(0, 1))
         config, window = self._config, self._config.layer_windows[layer]
         shape = (len(self._rows), self._size, config.num_kv_heads, -1, config.head_dim)
         # [R, B, Hkv, G, D] -> [R, Hkv, G * B, D]: the heads of a group are rows of one product.

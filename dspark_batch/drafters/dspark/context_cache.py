@@ -11,8 +11,8 @@ from torch import Tensor
 
 from dspark_batch.extents import ExtentPool
 
-FEW_ROWS = 8
-"""Up to so many rows are written one by one: an indexed copy along an inner dimension takes longer."""
+_FEW_ROWS = 8
+"""On a CPU so many rows are written one by one: an indexed copy along an inner dimension takes longer."""
 
 
 @dataclass(slots=True, eq=False)
@@ -158,12 +158,31 @@ class ContextCache:
                 self._num_pending_bytes -= piece.step.num_bytes
 
 
-def write_spans(pool: Tensor, spans: Sequence[tuple[int, int]], new: Tensor) -> None:
-    """Copy new [..., M, D], the spans one behind the other, to pool [..., N, D]. spans: (first pool token, count)."""
-    at = 0
-    for first, count in spans:
-        pool[..., first : first + count, :] = new[..., at : at + count, :]
-        at += count
+class SpanWriter:
+    """Writes what is new of some rows into pools of the context memory; one serves all layers of a round.
+
+    spans: (first pool token, count) of each row; their tokens lie one behind the other in what is written.
+    """
+
+    def __init__(self, spans: Sequence[tuple[int, int]], device: torch.device) -> None:
+        self._spans = spans
+        self._index: Tensor | None = None
+        if device.type != "cpu" or len(spans) > _FEW_ROWS:
+            places = [place for first, count in spans for place in range(first, first + count)]
+            self._index = torch.tensor(places).to(device)
+
+    def write(self, pool: Tensor, new: Tensor, *, at: int = 0) -> None:
+        """new: [..., M, D], the tokens from ``at`` on, to pool [..., N, D]."""
+        end = at + new.shape[-2]
+        if self._index is not None:
+            pool.index_copy_(pool.dim() - 2, self._index[at:end], new)
+            return
+        start = 0
+        for first, count in self._spans:
+            low, high = max(start, at), min(start + count, end)
+            if low < high:
+                pool[..., first + low - start : first + high - start, :] = new[..., low - at : high - at, :]
+            start += count
 
 
 def _gather(pieces: Sequence[_Piece]) -> Tensor:

@@ -12,7 +12,7 @@ from dspark_batch.drafters.dspark.backbone import Backbone
 from dspark_batch.drafters.dspark.block_attention import BlockAttention
 from dspark_batch.drafters.dspark.checkpoint import HEAD, DrafterWeights
 from dspark_batch.drafters.dspark.confidence_head import confidence_head
-from dspark_batch.drafters.dspark.context_cache import FEW_ROWS, ContextCache, RowContext, write_spans
+from dspark_batch.drafters.dspark.context_cache import ContextCache, RowContext, SpanWriter
 from dspark_batch.drafters.dspark.draft_sampler import DraftVocabulary
 from dspark_batch.drafters.dspark.markov_head import markov_head
 from dspark_batch.drafters.dspark.target_parts import LinearOp, TargetParts, head_rows
@@ -55,21 +55,16 @@ class DSparkModel:
         behind = [row for row in rows if row.num_pending]
         if not behind:
             return
-        spans = [(row.start + row.length, row.num_pending) for row in behind]
+        writer = SpanWriter([(row.start + row.length, row.num_pending) for row in behind], self._parts.device)
         positions = [p for row in behind for p in range(row.length, row.num_known)]
-        places = [row.start + p for row in behind for p in range(row.length, row.num_known)]
-        index = torch.tensor([positions, places]).to(self._parts.device)
+        index = torch.tensor(positions).to(self._parts.device)
         features = cache.take_pending(behind).to(self._parts.dtype)
         for first in range(0, features.shape[0], _MAX_TOKENS_AT_ONCE):
             part = slice(first, first + _MAX_TOKENS_AT_ONCE)
-            at = index[0, part]
+            at = index[part]
             k, v = self._backbone.context(features[part], self._cos[at], self._sin[at])
-            if len(spans) <= FEW_ROWS and features.shape[0] <= _MAX_TOKENS_AT_ONCE:
-                write_spans(cache.k, spans, k.transpose(1, 2))
-                write_spans(cache.v, spans, v.transpose(1, 2))
-                continue
-            cache.k.index_copy_(2, index[1, part], k.transpose(1, 2))
-            cache.v.index_copy_(2, index[1, part], v.transpose(1, 2))
+            writer.write(cache.k, k.transpose(1, 2), at=first)
+            writer.write(cache.v, v.transpose(1, 2), at=first)
 
     def hidden(self, cache: ContextCache, rows: Sequence[RowContext], anchors: Sequence[int]) -> Tensor:
         """[R, γ, H]: the backbone's output at the slots that predict a token.

@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from dspark_batch.drafters.dspark.backbone import Backbone
-from dspark_batch.drafters.dspark.context_cache import write_spans
+from dspark_batch.drafters.dspark.context_cache import SpanWriter
 from dspark_batch.drafters.dspark.target_parts import ElementOps, LinearOp
 from dspark_batch.models.kernels.library import load_kernels
 from dspark_batch.testing.tiny_drafter import random_drafter, tiny_drafter_config
@@ -45,7 +45,9 @@ def test_spans_are_written_as_an_indexed_copy_writes_them() -> None:
     spans = [(3, 2), (11, 1), (0, 3)]
     new = torch.randn(2, 4, 6, 5)
     pool, expected = torch.zeros(2, 2, 4, 16, 5)
-    write_spans(pool, spans, new)
+    writer = SpanWriter(spans, pool.device)
+    writer.write(pool, new[..., :4, :])
+    writer.write(pool, new[..., 4:, :], at=4)
     places = [first + i for first, count in spans for i in range(count)]
     expected.index_copy_(2, torch.tensor(places), new)
     assert torch.equal(pool, expected)
