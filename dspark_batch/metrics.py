@@ -31,6 +31,8 @@ class PlanReason(StrEnum):
     """The drafter was asked and had nothing."""
     DRAFTED = "drafted"
     """The lengths with the best expected tokens per second."""
+    STANDING = "standing"
+    """Tokens worth the price that an earlier round of the same batch had found."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,7 +10,7 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from statistics import median
+from statistics import fmean
 from time import perf_counter
 from typing import TYPE_CHECKING
 
@@ -25,7 +25,7 @@ _WARM_UP_ROUNDS = 20
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlanningCost:
-    """Medians over rounds, in microseconds. plan_us: draft lengths and verify plan; learn_us: what follows the step.
+    """Means over rounds, in microseconds. plan_us: draft lengths and verify plan; learn_us: what follows the step.
 
     step_share: of a step that takes ``step_ms``; None where that is not known.
     """
@@ -85,8 +85,8 @@ def planning_cost(
         num_rows=num_rows,
         draft_tokens=draft_tokens,
         is_silent=is_silent,
-        plan_us=1e6 * median(plan_s[_WARM_UP_ROUNDS:]),
-        learn_us=1e6 * median(learn_s[_WARM_UP_ROUNDS:]),
+        plan_us=1e6 * fmean(plan_s[_WARM_UP_ROUNDS:]),
+        learn_us=1e6 * fmean(learn_s[_WARM_UP_ROUNDS:]),
         step_ms=step_ms,
     )
 

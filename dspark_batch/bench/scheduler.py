@@ -41,6 +41,7 @@ AUTO = "auto"
 BUILT_IN_PROMPTS = Path(__file__).parents[2] / "configs" / "data" / "schedule_prompts.jsonl"
 _NUM_BUILT_IN_CHATS = 32
 _CHEAP_CONCURRENCY = 8
+_CHEAP_RUNS = 6
 _SHORT = SamplingParams(max_new_tokens=8, ignore_eos=True)
 _LENGTH_CYCLE = (0.25, 1.0, 0.5, 1.5, 0.25, 3.0, 0.5, 1.0)
 """Output lengths of a job's rows, as shares of ``max_new_tokens``; their mean is 1."""
@@ -48,7 +49,7 @@ _LENGTH_CYCLE = (0.25, 1.0, 0.5, 1.5, 0.25, 3.0, 0.5, 1.0)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """What to run. prompts: None: the built-in set. Concurrencies of up to 8 are cheap and run twice per repeat.
+    """What to run. prompts: None: the built-in set. Up to 8 rows runs are short and noisy: six per repeat.
 
     job_rows: rows of the two jobs, which ``has_jobs`` leaves out; None: twice their concurrency. warm_up_s:
     decoding by which auto learns each concurrency before it is measured. cold: see the module.
@@ -79,7 +80,7 @@ class Plan:
         return self.job_rows or 2 * self.job_concurrency
 
     def repeats_at(self, concurrency: int) -> int:
-        return self.repeats * (2 if concurrency <= _CHEAP_CONCURRENCY else 1)
+        return self.repeats * (_CHEAP_RUNS if concurrency <= _CHEAP_CONCURRENCY else 1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -31,9 +31,9 @@ from dspark_batch.scheduling.lengths import (
 from dspark_batch.scheduling.planner import Admitted, admit, admit_budget, admit_early_stop
 from dspark_batch.scheduling.policies import RoundLoad, RoundOutcome, is_one_hot
 from dspark_batch.scheduling.prices import Prices
-from dspark_batch.scheduling.settling import Pace, Settling
 from dspark_batch.scheduling.shadow import ShadowLabels, labels_of_round
-from dspark_batch.scheduling.survival import FlatDraft, SurvivalModel
+from dspark_batch.scheduling.standing import Pace, StandingPlan
+from dspark_batch.scheduling.survival import FEW_TOKENS, FlatDraft, SurvivalModel
 from dspark_batch.tensors import DraftBlock, VerifyPlan
 
 logger = logging.getLogger(__name__)
@@ -60,17 +60,17 @@ _PLAIN_EVERY_IF_CLEAR = 512
 @dataclass(slots=True, eq=False)
 class _Round:
     """The round between its draft lengths and its outcome. is_probe: of a closed gate; promise: what drafting for all
-    rows would save in plain steps, where that is known. is_settled: not planned. is_lesson: it is learned from.
-    may_follow: emitted tokens are labels for all drafted ones."""
+    rows would save in plain steps, where that is known. is_lesson: it is learned from. may_follow: emitted tokens are
+    labels for all drafted ones. price: of a token, where its draft may be cut by it."""
 
     asked: Ints
     is_probe: bool
-    is_settled: bool = False
     is_lesson: bool = True
     draft: DraftBlock | None = None
     flat: FlatDraft | None = None
     may_follow: bool = False
     promise: float | None = None
+    price: float | None = None
 
 
 class AutoLength:
@@ -113,9 +113,9 @@ class AutoLength:
         self._plain_seen: dict[int, int] = {}
         self._handles: Sequence[int] = ()
         self._num_finished = 0
-        self._rounds_drafted = 0
         self._rounds_drafted_in_a_row = 0
-        self._settling = Settling()
+        self._standing: StandingPlan | None = None
+        self._stands = False
         self._pace = Pace()
         self._asked_rows = AskedRows()
         self._reason = PlanReason.OFF
@@ -129,11 +129,13 @@ class AutoLength:
         if gate is not None and load.handles == self._handles and gate.rests():
             self._round, self._reason = None, PlanReason.PAUSED
             return [0] * len(load.handles)
+        standing = self._standing.lengths(load.handles, load.limits) if self._standing is not None else None
+        self._stands = standing is not None
+        if standing is not None:
+            self._round, self._reason = None, PlanReason.STANDING
+            return standing
+        self._standing = None
         limits = np.minimum(np.array(load.limits, np.int64), self._max_draft_tokens)
-        if self._settling.takes_round(is_same_batch=load.handles == self._handles and bool(limits.any())):
-            self._round = _Round(limits, is_probe=False, is_settled=True)
-            settled: list[int] = limits.tolist()
-            return settled
         lengths = self._choose_lengths(load, limits)
         self._round = None
         if lengths.any():
@@ -144,10 +146,11 @@ class AutoLength:
         return chosen
 
     def verify_plan(self, load: RoundLoad, draft: DraftBlock) -> VerifyPlan:
+        if self._stands:
+            assert self._standing is not None, "set by the round that left it"
+            return VerifyPlan(verify_len=self._model.lengths_above(draft, self._standing.price))
         current = self._round
         assert current is not None, "a plan without draft lengths"
-        if current.is_settled:
-            return VerifyPlan(verify_len=[len(tokens) for tokens in draft.token_ids])
         flat = FlatDraft.of(draft)
         is_legal = self._may_use_draft or is_one_hot(draft)
         current.draft, current.flat = draft, flat
@@ -181,8 +184,9 @@ class AutoLength:
         self._num_rounds += 1
         self._sees_tokens = outcome.emitted is not None
         self._shadows.follow(load.handles, outcome.emitted)
-        if current is not None and current.is_settled:
-            self._rounds_drafted += 1
+        if self._stands:
+            self._stands = False
+            self._pace.skip()
             self._rounds_drafted_in_a_row += 1
             return
         num_rows = len(load.handles)
@@ -208,15 +212,18 @@ class AutoLength:
             self._learn_from_probe(load, current, outcome)
             gate.observe_probe(current.promise, num_rows=num_drafting, cost_share=outcome.draft_s / plain_s)
             return
-        self._rounds_drafted += 1
         self._rounds_drafted_in_a_row += 1
         assert current.draft is not None, "set by verify_plan"
         if current.is_lesson:
             labels = labels_of_round(current.draft, current.flat, outcome, may_follow=current.may_follow)
             self._model.observe(load.handles, current.flat, *labels)
         gate.observe(self._prices.saved(load, current.asked, outcome), num_rows=num_rows)
-        is_whole = sum(outcome.num_verified) == sum(min(limit, self._max_draft_tokens) for limit in load.limits)
-        self._settling.observe(is_whole=is_whole, saved=gate.saved)
+        is_small = num_rows * self._max_draft_tokens <= FEW_TOKENS
+        if is_small and gate.pays and current.price is not None and self._model.num_labels >= _YOUNG_LABELS:
+            asked: list[int] = current.asked.tolist()
+            self._standing = StandingPlan.of_round(
+                load.handles, load.limits, asked, most=self._max_draft_tokens, price=current.price
+            )
 
     def _choose_lengths(self, load: RoundLoad, limits: Ints) -> Ints:
         """[R] lengths to ask for; sets the reason."""
@@ -270,9 +277,6 @@ class AutoLength:
     def _lengths_to_ask(self, load: RoundLoad, limits: Ints) -> Ints:
         """[R] lengths of an open gate. Where the drafter says which of its tokens are good, drafts are asked for in
         full, and trimmed afterwards."""
-        rows = self._asked_rows.chosen_before(load.handles)
-        if rows is not None:
-            return limits * rows
         num_rows, longest = len(limits), int(limits.max(initial=0))
         plain_s = self._prices.plain_s(load)
         row_s = row_seconds(self.draft_cost, num_rows=num_rows, longest=longest)
@@ -302,6 +306,10 @@ class AutoLength:
         draft_s = self.draft_cost.seconds(int(np.count_nonzero(current.asked)), int(current.asked.max()))
         admitted = self._admit(load, survival, draft_s, is_legal=is_legal or flat.features is None)
         lengths: Ints = np.bincount(flat.row[admitted.mask], minlength=num_rows)
+        if is_legal and flat.features is not None:
+            current.price = admitted.price
+        elif admitted.mask.all() and all(current.asked >= np.minimum(load.limits, self._max_draft_tokens)):
+            current.price = 0.0
         if not current.may_follow:
             explored = self._exploration.next_row(num_rows)
             if explored is not None:

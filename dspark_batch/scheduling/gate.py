@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import sqrt
 
 _SHORTEST_PAUSE = 4
 _LONGEST_PAUSE = 64
@@ -17,9 +18,16 @@ _MOST_PROBES = 16
 _PROBED_ROWS_TO_JUDGE = 16
 _PROBE_MEMORY = 4
 _PROMISING = 0.02
-_ROW_ROUNDS_TO_JUDGE = 48
+_CLEAR = 0.05
+_ROW_ROUNDS_TO_JUDGE = 16
 _FEWEST_ROUNDS = 6
-_ROUND_MEMORY = 6
+_ROW_ROUNDS_REMEMBERED = 288
+_MOST_LOST = 4.0
+_MOST_SAVED = 16.0
+"""Plain steps: drafting may lose so many before it ends, and savings beyond so many do not allow for more."""
+
+_SURE = 2.0
+"""Standard errors below zero at which a mean is taken for a loss."""
 
 
 @dataclass(slots=True)
@@ -31,11 +39,14 @@ class Gate:
     but for a credit at first.
     Promising probes open the gate; each time that it had to be closed again more of them are asked for.
 
-    saved: running mean over the drafted rounds since it was opened. promise: over the latest probes.
+    saved, variance: running, over the drafted rounds since it was opened. balance: their sum, within bounds. promise:
+    over the latest probes.
     """
 
     is_open: bool = False
     saved: float = 0.0
+    variance: float = 0.0
+    balance: float = 0.0
     num_rounds: int = 0
     promise: float = 0.0
     num_probes: int = 0
@@ -49,6 +60,11 @@ class Gate:
     def is_stale(self) -> bool:
         """Whether pauses are so long that what earlier probes found may be out of date."""
         return self.pause >= _LONGEST_PAUSE
+
+    @property
+    def pays(self) -> bool:
+        """Whether drafting was seen to save so much that not every round has to be judged."""
+        return self.is_open and self.saved > _CLEAR and self.num_rounds >= _FEWEST_ROUNDS
 
     def rests(self) -> bool:
         """Whether the gate is closed and its pause takes this round; call at most once for a round."""
@@ -73,7 +89,8 @@ class Gate:
             is_promising = self.promise > _PROMISING
             if is_promising and self.num_probes >= self.probes_needed:
                 self.is_open = True
-                self.saved, self.num_rounds = 0.0, 0
+                self.saved = self.variance = self.balance = 0.0
+                self.num_rounds = 0
                 return
             if is_promising:
                 self.pause = _SHORTEST_PAUSE
@@ -85,15 +102,23 @@ class Gate:
         self.num_left = min(max(wait, affordable), 4 * _LONGEST_PAUSE)
 
     def observe(self, saved: float, *, num_rows: int) -> None:
-        """A drafted round of an open gate saved this share of a plain step (negative: it cost more)."""
+        """A drafted round of an open gate saved this share of a plain step (negative: it cost more).
+
+        The gate closes where drafting surely loses, or has lost some plain steps in all. One round says little: at a
+        few rows, a handful of bad ones would close it on a drafter that pays.
+        """
         self.num_rounds += 1
-        enough = max(_FEWEST_ROUNDS, _ROW_ROUNDS_TO_JUDGE // num_rows)
-        self.saved += (saved - self.saved) / min(self.num_rounds, _ROUND_MEMORY * enough)
-        if self.num_rounds < enough:
+        self.balance = min(self.balance + saved, _MOST_SAVED)
+        memory = max(6 * _FEWEST_ROUNDS, _ROW_ROUNDS_REMEMBERED // num_rows)
+        num_remembered = min(self.num_rounds, memory)
+        off = saved - self.saved
+        self.saved += off / num_remembered
+        self.variance += (off * (saved - self.saved) - self.variance) / num_remembered
+        if self.num_rounds < max(_FEWEST_ROUNDS, _ROW_ROUNDS_TO_JUDGE // num_rows):
             return
-        if self.saved <= 0:
+        if self.balance < -_MOST_LOST or self.saved < -_SURE * sqrt(self.variance / num_remembered):
             self.close()
-        elif self.saved > _PROMISING and self.num_rounds >= _ROUND_MEMORY * enough:
+        elif self.saved > _PROMISING and self.num_rounds >= memory:
             self.probes_needed = _FEWEST_PROBES
 
     def close(self) -> None:

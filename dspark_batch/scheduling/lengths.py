@@ -15,7 +15,6 @@ Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]
 
-_ROUNDS_PER_CHOICE = 4
 _ASK_AGAIN_EVERY = 32
 
 CHEAP_DRAFT = 0.03
@@ -86,25 +85,13 @@ def rows_worth_drafting(survival: Floats, *, plain_s: float, row_s: float) -> Bo
 
 
 class AskedRows:
-    """Which rows are asked for drafts. A choice stands for a few rounds of the same batch; rows that were left out are
-    asked again now and then."""
+    """Which rows are asked for drafts: those that are worth it, and the others now and then."""
 
     def __init__(self) -> None:
-        self._handles: Sequence[int] = ()
-        self._rows: Bools = np.zeros(0, bool)
-        self._num_left = 0
         self._num_choices = 0
 
-    def chosen_before(self, handles: Sequence[int]) -> Bools | None:
-        """[R] the choice of an earlier round, where it stands; call once per round."""
-        if not self._num_left or self._handles != handles:
-            return None
-        self._num_left -= 1
-        return self._rows
-
     def choose(self, handles: Sequence[int], worth: Bools) -> Bools:
-        """[R] the rows whose drafts are worth it, and those whose turn it is."""
-        self._handles, self._num_left = handles, _ROUNDS_PER_CHOICE - 1
+        """[R] the rows whose drafts are worth it, and those whose turn it is; call once per choice."""
         self._num_choices += 1
-        self._rows = worth | ((np.array(handles) + self._num_choices) % _ASK_AGAIN_EVERY == 0)
-        return self._rows
+        chosen: Bools = worth | ((np.array(handles) + self._num_choices) % _ASK_AGAIN_EVERY == 0)
+        return chosen

@@ -9,7 +9,9 @@ estimator).
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import repeat
+from operator import mul
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,7 +37,7 @@ _NEWTON_STEPS = 8
 _LARGEST_STEP = 1.5
 _SMALLEST_STEP = 1e-3
 _EPSILON = 1e-4
-_FEW_TOKENS = 64
+_MAX_LOGIT = 30.0
 
 _PRIORS = {
     (True, False): (-0.3, 1.0),
@@ -58,37 +60,6 @@ def token_features(position: Ints, *, confidence: Floats | None, margin: Floats 
     on nothing after it. The margin's curve is not quite a logistic one, so its square is a feature too. Drafts whose
     margin is NaN have none; beside others that have one, their confidences are weighed apart.
     """
-    if len(position) <= _FEW_TOKENS:
-        return few_token_features(position, confidence=confidence, margin=margin)
-    return many_token_features(position, confidence=confidence, margin=margin)
-
-
-def few_token_features(position: Ints, *, confidence: Floats | None, margin: Floats | None) -> Floats:
-    """:func:`token_features` token by token: for few of them, calls into numpy take longer than the arithmetic."""
-    chances = [0.5] * len(position) if confidence is None else confidence.tolist()
-    margins = [0.0] * len(position) if margin is None else margin.tolist()
-    has_both = confidence is not None and margin is not None
-    rows: list[list[float]] = []
-    logits = leads = 0.0
-    for k, said, lead in zip(position.tolist(), chances, margins, strict=True):
-        if k == 0:
-            logits = leads = 0.0
-        chance = min(max(said, _EPSILON), 1 - _EPSILON)
-        has_none = lead != lead
-        logit, log_lead = math.log(chance / (1 - chance)), math.log1p(0.0 if has_none else max(lead, 0.0))
-        weight = 1.0 + _PREDECESSOR_WEIGHT * k
-        x, y = ((new + _PREDECESSOR_WEIGHT * old) / weight for new, old in ((logit, logits), (log_lead, leads)))
-        logits, leads = logits + logit, leads + log_lead
-        if has_both:
-            rows.append([1.0, x, y, y * y, float(has_none), x if has_none else 0.0])
-        else:
-            rows.append([1.0, x] if margin is None else [1.0, y, y * y])
-    num_columns = 6 if has_both else 2 + (margin is not None)
-    return np.array(rows, np.float64).reshape(len(position), num_columns)
-
-
-def many_token_features(position: Ints, *, confidence: Floats | None, margin: Floats | None) -> Floats:
-    """:func:`token_features` by columns."""
     has_both = confidence is not None and margin is not None
     out: Floats = np.ones((len(position), 6 if has_both else 2 + (margin is not None)))
     if confidence is not None:
@@ -109,6 +80,28 @@ def many_token_features(position: Ints, *, confidence: Floats | None, margin: Fl
     return out
 
 
+def draft_features(confidence: Sequence[float] | None, margin: Sequence[float] | None) -> Iterator[list[float]]:
+    """The rows of :func:`token_features` for the tokens of one draft, made one by one: for few tokens, calls into
+    numpy take longer than the arithmetic."""
+    assert confidence is not None or margin is not None, "nothing was said of the draft"
+    has_both = confidence is not None and margin is not None
+    chances = repeat(0.5) if confidence is None else confidence
+    margins = repeat(0.0) if margin is None else margin
+    logits = leads = 0.0
+    for k, (said, lead) in enumerate(zip(chances, margins, strict=False)):
+        chance = min(max(said, _EPSILON), 1 - _EPSILON)
+        has_none = lead != lead
+        logit, log_lead = math.log(chance / (1 - chance)), math.log1p(0.0 if has_none else max(lead, 0.0))
+        weight = 1.0 + _PREDECESSOR_WEIGHT * k
+        x = (logit + _PREDECESSOR_WEIGHT * logits) / weight
+        y = (log_lead + _PREDECESSOR_WEIGHT * leads) / weight
+        logits, leads = logits + logit, leads + log_lead
+        if has_both:
+            yield [1.0, x, y, y * y, float(has_none), x if has_none else 0.0]
+        else:
+            yield [1.0, x] if margin is None else [1.0, y, y * y]
+
+
 class PositionLogistic:
     """P(token at position k holds | those before it hold) = sigmoid((w + d_k) · features), for K positions.
 
@@ -127,10 +120,24 @@ class PositionLogistic:
         self._num_labels = 0.0
         self._waiting: list[tuple[Floats, Ints, Bools]] = []
         self._num_waiting = 0
+        self._weight_rows: list[list[float]] | None = None
 
     def chances(self, features: Floats, position: Ints) -> Floats:
         """[N, D] features at [N] draft positions -> [N] conditional chances."""
         return _sigmoid((features * self.weights[position]).sum(1))
+
+    def num_above(self, draft: Iterable[Sequence[float]], least_survival: float) -> int:
+        """Tokens of one draft, by their features, that stand with all before them with at least this chance."""
+        if self._weight_rows is None:
+            self._weight_rows = self.weights.tolist()
+        survival, length = 1.0, 0
+        for features, weights in zip(draft, self._weight_rows, strict=False):
+            logit = sum(map(mul, features, weights))
+            survival /= 1.0 + math.exp(min(max(-logit, -_MAX_LOGIT), _MAX_LOGIT))
+            if survival < least_survival:
+                break
+            length += 1
+        return length
 
     def observe(self, features: Floats, position: Ints, held: Bools) -> None:
         """[N, D], [N], [N] of tokens that were reached (verified, and all before them held), and whether they held."""
@@ -174,6 +181,7 @@ class PositionLogistic:
             if largest < _SMALLEST_STEP:
                 break
         self._shared, self._own, self._curvature = shared, own, curvature
+        self._weight_rows = None
 
     @property
     def weights(self) -> Floats:
@@ -210,5 +218,5 @@ def with_predecessors(x: Floats, position: Ints) -> Floats:
 
 
 def _sigmoid(x: Floats) -> Floats:
-    out: Floats = 1.0 / (1.0 + np.exp(np.minimum(np.maximum(-x, -30.0), 30.0)))
+    out: Floats = 1.0 / (1.0 + np.exp(np.minimum(np.maximum(-x, -_MAX_LOGIT), _MAX_LOGIT)))
     return out

@@ -23,12 +23,14 @@ StepSeconds = Callable[[Floats], Floats]
 @dataclass(frozen=True, slots=True)
 class Admitted:
     """mask: [N] which tokens are worth it. num_tokens, num_accepted: their expected numbers. tokens_per_s: of the
-    round, the rows' own tokens included."""
+    round, the rows' own tokens included. price: a survival that parts the tokens that are worth it from the others, for
+    rounds like this one."""
 
     mask: NDArray[np.bool_]
     num_tokens: float
     num_accepted: float
     tokens_per_s: float
+    price: float
 
 
 def admit(
@@ -48,8 +50,8 @@ def admit(
     have steps), so the choice depends on all tokens: not for sampled drafts under rejection. least_gain: the share by
     which the rate must rise for tokens to be left out at all.
     """
-    ranked = _rank(survival, offered)
-    rates = ranked.rates(num_rows=num_rows, step_seconds=step_seconds, draft_s=draft_s)
+    ranked = _rank(survival, offered, num_rows=num_rows)
+    rates = ranked.rates(step_seconds=step_seconds, draft_s=draft_s)
     best = int(rates.argmax())
     return ranked.take(len(survival) if rates[best] <= (1.0 + least_gain) * rates[-1] else best, rates)
 
@@ -60,8 +62,8 @@ def admit_early_stop(survival: Floats, *, num_rows: int, step_seconds: StepSecon
     Arguments as for :func:`admit`. Whether a token enters depends on those that rank before it, and those after it in
     its own row never do: legal in every mode. On a cost with stairs it may stop in front of a step that would pay.
     """
-    ranked = _rank(survival, None)
-    rates = ranked.rates(num_rows=num_rows, step_seconds=step_seconds, draft_s=draft_s)
+    ranked = _rank(survival, None, num_rows=num_rows)
+    rates = ranked.rates(step_seconds=step_seconds, draft_s=draft_s)
     falls = np.flatnonzero(rates[1:] < rates[:-1])
     return ranked.take(int(falls[0]) if len(falls) else len(survival), rates)
 
@@ -73,33 +75,47 @@ def admit_budget(
 
     Arguments as for :func:`admit`. Ties go to the earlier place in the batch, never by a token's value.
     """
-    ranked = _rank(survival, None)
-    rates = ranked.rates(num_rows=num_rows, step_seconds=step_seconds, draft_s=draft_s)
+    ranked = _rank(survival, None, num_rows=num_rows)
+    rates = ranked.rates(step_seconds=step_seconds, draft_s=draft_s)
     return ranked.take(min(budget, len(survival)), rates)
 
 
 @dataclass(frozen=True, slots=True)
 class _Ranked:
     best_first: Ints
+    survival: Floats
     num_tokens: Floats
     num_accepted: Floats
+    num_rows: int
 
-    def rates(self, *, num_rows: int, step_seconds: StepSeconds, draft_s: float) -> Floats:
-        return (num_rows + self.num_accepted) / (draft_s + step_seconds(self.num_tokens))
+    def rates(self, *, step_seconds: StepSeconds, draft_s: float) -> Floats:
+        return (self.num_rows + self.num_accepted) / (draft_s + step_seconds(self.num_tokens))
 
     def take(self, count: int, rates: Floats) -> Admitted:
         mask = np.zeros(len(self.best_first), bool)
         mask[self.best_first[:count]] = True
-        return Admitted(mask, float(self.num_tokens[count]), float(self.num_accepted[count]), float(rates[count]))
+        num_tokens, num_accepted, rate = (float(x[count]) for x in (self.num_tokens, self.num_accepted, rates))
+        return Admitted(mask, num_tokens, num_accepted, rate, self._price(count, rates))
+
+    def _price(self, count: int, rates: Floats) -> float:
+        """What a token costs on average at the best rate, if that is between the last token admitted and the first one
+        left out; else their middle."""
+        if not len(self.survival):
+            return 0.0
+        least = float(self.survival[count]) if count < len(self.survival) else 0.0
+        most = float(self.survival[count - 1]) if count else 1.0
+        first_s, last_s = ((self.num_rows + self.num_accepted[[0, -1]]) / rates[[0, -1]]).tolist()
+        price = float(rates[count] * (last_s - first_s) / self.num_tokens[-1])
+        return price if least < price < most else (least + most) / 2
 
 
-def _rank(survival: Floats, offered: Floats | None) -> _Ranked:
+def _rank(survival: Floats, offered: Floats | None, *, num_rows: int) -> _Ranked:
     best_first = np.argsort(-survival, kind="stable")
-    ranked = survival[best_first]
+    counted = ranked = survival[best_first]
     num_tokens: Floats = np.arange(len(survival) + 1, dtype=np.float64)
     if offered is not None:
         weights = offered[best_first]
-        ranked = weights * ranked
+        counted = weights * ranked
         num_tokens[1:] = np.cumsum(weights)
-    num_accepted = np.concatenate([[0.0], np.cumsum(ranked)])
-    return _Ranked(best_first, num_tokens, num_accepted)
+    num_accepted = np.concatenate([[0.0], np.cumsum(counted)])
+    return _Ranked(best_first, ranked, num_tokens, num_accepted, num_rows)

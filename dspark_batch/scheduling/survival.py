@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, repeat
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dspark_batch.scheduling.estimator import AcceptanceHistory, seen_slots
-from dspark_batch.scheduling.logistic import PositionLogistic, prior_weights, token_features
+from dspark_batch.scheduling.logistic import PositionLogistic, draft_features, prior_weights, token_features
 from dspark_batch.tensors import DraftBlock
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
+
+FEW_TOKENS = 64
+"""Drafted tokens of a round up to which loops in Python are faster than calls into numpy."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -35,9 +38,22 @@ class FlatDraft:
         offered = np.fromiter(map(len, draft.token_ids), np.int64, len(draft.token_ids))
         position, features = positions(offered), None
         if draft.confidence is not None or draft.margin is not None:
-            confidence, margin = (_flat(said, len(position)) for said in (draft.confidence, draft.margin))
-            features = token_features(position, confidence=confidence, margin=margin)
+            features = few_features(draft) if len(position) <= FEW_TOKENS else many_features(draft, position)
         return cls(offered, np.repeat(np.arange(len(offered)), offered), position, features)
+
+
+def many_features(draft: DraftBlock, position: Ints) -> Floats:
+    """[N, D] of all tokens that the drafter said something of, column by column."""
+    confidence, margin = (_flat(said, len(position)) for said in (draft.confidence, draft.margin))
+    return token_features(position, confidence=confidence, margin=margin)
+
+
+def few_features(draft: DraftBlock) -> Floats:
+    """As :func:`many_features`, token by token."""
+    rows = [features for of_row in _features_by_row(draft) for features in of_row]
+    has_both = draft.confidence is not None and draft.margin is not None
+    num_columns = 6 if has_both else 2 + (draft.margin is not None)
+    return np.array(rows, np.float64).reshape(len(rows), num_columns)
 
 
 class SurvivalModel:
@@ -73,6 +89,15 @@ class SurvivalModel:
         chances = self._curves.chances(flat.features, flat.position)
         return running_product(chances, flat.offered)
 
+    def lengths_above(self, draft: DraftBlock, least_survival: float) -> list[int]:
+        """[R] tokens of each row that stand with at least this chance, by :meth:`of_draft`; all where the drafter
+        says nothing."""
+        is_silent = self._curves is None or (draft.confidence is None and draft.margin is None)
+        if is_silent or least_survival <= 0.0:
+            return list(map(len, draft.token_ids))
+        assert self._curves is not None, "what speaks has curves"
+        return [self._curves.num_above(of_row, least_survival) for of_row in _features_by_row(draft)]
+
     def age(self) -> None:
         """Trust what was counted half as much: things may have changed."""
         self.history.age()
@@ -87,6 +112,12 @@ class SurvivalModel:
             row, position, held = seen_slots(num_tried, num_held)
             first = np.cumsum(flat.offered) - flat.offered
             self._curves.observe(flat.features[first[row] + position], position, held)
+
+
+def _features_by_row(draft: DraftBlock) -> Iterator[Iterator[list[float]]]:
+    confidence = repeat(None) if draft.confidence is None else draft.confidence
+    margin = repeat(None) if draft.margin is None else draft.margin
+    return (draft_features(*said) for said in zip(confidence, margin, strict=False))
 
 
 def _flat(said: Sequence[Sequence[float]] | None, count: int) -> Floats | None:

@@ -63,7 +63,7 @@ def test_the_command_ends_with_one_object_of_points_job_and_mixed(
         assert comparison["auto_to_plain"] > 0
         assert comparison["runs"]["plain"][0]["num_drafted_tokens"] == 0
     assert sum(run["num_drafted_tokens"] for name in ("job", "mixed") for run in found[name]["runs"]["2"]) > 0
-    assert len(found["points"][0]["runs"]["auto"]) == 2
+    assert len(found["points"][0]["runs"]["auto"]) == 6
     assert found["job"]["num_rows"] == 4
     assert {"versions", "device", "commit", "plan"} <= found.keys()
 
@@ -82,7 +82,7 @@ def test_all_settings_of_a_repeat_decode_the_same_rows(prompts: Path) -> None:
     )
     lines: list[str] = []
     report = run_scheduler_bench(plan, tell=lines.append)
-    assert len(lines) == 3 * (4 + 2 + 2)
+    assert len(lines) == 3 * (12 + 2 + 2)
     assert report.job is not None
     assert report.mixed is not None
     for found, num_tokens in ((report.points[0], 12), (report.job, None), (report.mixed, None)):

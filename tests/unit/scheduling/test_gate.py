@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from dspark_batch.scheduling.gate import Gate
 
 
@@ -56,13 +58,39 @@ def test_probes_of_one_row_are_given_more_time_before_pauses_grow() -> None:
 
 
 def test_an_open_gate_is_judged_after_enough_rows_and_closes_where_it_loses() -> None:
-    for num_rows, rounds in ((1, 48), (8, 6), (64, 6)):
+    for num_rows, rounds in ((1, 16), (8, 6), (64, 6)):
         gate = Gate(is_open=True)
         for _ in range(rounds - 1):
             gate.observe(-0.1, num_rows=num_rows)
         assert gate.is_open
         gate.observe(-0.1, num_rows=num_rows)
         assert not gate.is_open
+
+
+def test_a_bad_start_does_not_close_a_gate_whose_drafts_pay_and_a_small_loss_does_in_the_end() -> None:
+    gate, rng = Gate(is_open=True), np.random.default_rng(0)
+    for saved in (-0.4, 0.6, -0.4, -0.4, 0.6, -0.4, -0.4, 0.6):
+        gate.observe(saved, num_rows=4)
+    assert gate.saved < 0
+    assert gate.is_open
+    num_rounds = 0
+    while gate.is_open:
+        gate.observe(-0.05 + 0.5 * rng.standard_normal(), num_rows=4)
+        num_rounds += 1
+    assert num_rounds < 400
+
+
+def test_gates_of_drafts_that_pay_a_little_seldom_close() -> None:
+    """Rounds of four rows scatter by more than what drafting saves."""
+    rng, num_closed = np.random.default_rng(0), 0
+    for _ in range(200):
+        gate = Gate(is_open=True)
+        for _ in range(100):
+            gate.observe(0.12 + 0.65 * rng.standard_normal(), num_rows=4)
+            if not gate.is_open:
+                num_closed += 1
+                break
+    assert num_closed < 0.2 * 200
 
 
 def test_each_time_that_it_closes_it_asks_for_more_before_it_opens_again() -> None:

@@ -1,9 +1,9 @@
-"""Which rounds are learned from, and which rows are asked for drafts."""
+"""Which rounds are planned, which are learned from, and which rows are asked for drafts."""
 
 import numpy as np
 
 from dspark_batch.scheduling.lengths import AskedRows
-from dspark_batch.scheduling.settling import Pace
+from dspark_batch.scheduling.standing import Pace, StandingPlan
 
 
 def test_every_round_is_a_lesson_while_little_is_known_and_one_in_four_later() -> None:
@@ -12,19 +12,26 @@ def test_every_round_is_a_lesson_while_little_is_known_and_one_in_four_later() -
     assert sum(pace.is_lesson(is_young=False) for _ in range(400)) == 100
 
 
-def test_a_choice_of_rows_stands_for_a_few_rounds_of_the_same_batch() -> None:
-    rows = AskedRows()
-    handles = [100, 101, 102]
-    assert rows.chosen_before(handles) is None
-    worth = np.array([True, False, True])
-    assert rows.choose(handles, worth).tolist() == worth.tolist()
+def test_rounds_that_are_no_lessons_count_as_rounds() -> None:
+    pace = Pace()
+    assert pace.is_lesson(is_young=True)
     for _ in range(3):
-        found = rows.chosen_before(handles)
-        assert found is not None
-        assert found.tolist() == worth.tolist()
-    assert rows.chosen_before(handles) is None, "thought over after four rounds"
-    rows.choose(handles, worth)
-    assert rows.chosen_before([100, 101]) is None, "a batch that changed is thought over"
+        pace.skip()
+    assert pace.is_lesson(is_young=False)
+
+
+def test_a_plan_stands_for_seven_rounds_of_as_many_rows() -> None:
+    plan = StandingPlan.of_round([100, 101, 102], [9, 9, 2], [4, 0, 2], most=4, price=0.3)
+    assert plan.lengths([100, 101], [9, 9]) is None, "fewer rows are planned"
+    assert plan.lengths([100, 101, 102], [9, 9, 9]) == [4, 0, 4]
+    assert plan.lengths([100, 101, 102], [3, 9, 1]) == [3, 0, 1]
+    assert plan.lengths([101, 102, 103], [9, 9, 9]) == [0, 4, 4], "a new row is asked as most are"
+    assert plan.lengths([100, 101, 102], [0, 5, 0]) is None, "nobody may draft"
+    for _ in range(3):
+        assert plan.lengths([100, 101, 102], [9, 9, 9]) == [4, 0, 4]
+    assert plan.lengths([100, 101, 102], [9, 9, 9]) is None, "thought over after seven rounds"
+    short = StandingPlan.of_round([1, 2], [9, 9], [2, 1], most=4, price=0.3)
+    assert short.lengths([2, 3], [9, 9]) == [1, 2], "where nobody was asked for all, nobody is"
 
 
 def test_rows_that_are_not_worth_it_are_asked_again_each_in_its_turn() -> None:

@@ -12,8 +12,6 @@ from dspark_batch.scheduling.exploration import Exploration
 from dspark_batch.scheduling.logistic import (
     PositionLogistic,
     _solve_arrow,
-    few_token_features,
-    many_token_features,
     prior_weights,
     token_features,
     with_predecessors,
@@ -236,22 +234,6 @@ def test_margins_and_confidences_beyond_all_bounds_give_chances() -> None:
         curves.curves.fit()
         chances = curves.chances(np.array(values), position)
         assert ((chances > 0) & (chances < 1)).all()
-
-
-@pytest.mark.parametrize("seed", range(6))
-def test_features_token_by_token_equal_those_by_columns(seed: int) -> None:
-    random = np.random.default_rng(seed)
-    lengths = random.integers(0, 6, 11)
-    position = np.concatenate([np.arange(n) for n in lengths])
-    confidence, margin = random.random(len(position)), random.exponential(3.0, len(position))
-    confidence[random.random(len(position)) < 0.1] = 1.0
-    margin[random.random(len(position)) < 0.3] = np.nan
-    for said in ((confidence, None), (None, np.nan_to_num(margin)), (confidence, margin)):
-        few = few_token_features(position, confidence=said[0], margin=said[1])
-        many = many_token_features(position, confidence=said[0], margin=said[1])
-        np.testing.assert_allclose(few, many, rtol=1e-12, atol=1e-12)
-    empty = np.zeros(0)
-    assert few_token_features(position[:0], confidence=empty, margin=empty).shape == (0, 6)
 
 
 def test_drafts_without_a_margin_are_learned_apart_from_those_with_one() -> None:

@@ -5,9 +5,17 @@ from __future__ import annotations
 import random
 
 import numpy as np
+import pytest
 
 from dspark_batch.scheduling.logistic import token_features
-from dspark_batch.scheduling.survival import FlatDraft, SurvivalModel, positions, running_product
+from dspark_batch.scheduling.survival import (
+    FlatDraft,
+    SurvivalModel,
+    few_features,
+    many_features,
+    positions,
+    running_product,
+)
 from dspark_batch.tensors import DraftBlock
 
 
@@ -33,6 +41,51 @@ def test_running_products_equal_a_loop_and_never_rise_within_a_row() -> None:
     flat = positions(np.array(lengths))
     assert (np.diff(found)[flat[1:] > 0] <= 0).all()
     assert len(running_product(np.zeros(0), np.zeros(3, np.int64))) == 0
+
+
+def ragged_draft(seed: int, says: str, *, num_rows: int = 11) -> DraftBlock:
+    """Drafts of 0 to 5 tokens; confidences of 1, and margins that are NaN, among what is said of them."""
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(0, 6, num_rows).tolist()
+    confidence = [[1.0 if rng.random() < 0.1 else rng.random() for _ in range(n)] for n in lengths]
+    lost = 0.3 if says == "both" else 0.0
+    margin = [[float("nan") if rng.random() < lost else rng.exponential(3.0) for _ in range(n)] for n in lengths]
+    return DraftBlock(
+        token_ids=[[1] * n for n in lengths],
+        confidence=None if says == "margin" else confidence,
+        margin=None if says == "confidence" else margin,
+    )
+
+
+SAYS = pytest.mark.parametrize("says", ["confidence", "margin", "both"])
+
+
+@SAYS
+@pytest.mark.parametrize("seed", range(6))
+def test_features_token_by_token_equal_those_by_columns(seed: int, says: str) -> None:
+    draft = ragged_draft(seed, says)
+    position = positions(np.array([len(tokens) for tokens in draft.token_ids]))
+    np.testing.assert_allclose(few_features(draft), many_features(draft, position), rtol=1e-12, atol=1e-12)
+    nothing = DraftBlock(token_ids=[(), ()], confidence=[(), ()], margin=[(), ()])
+    assert few_features(nothing).shape == many_features(nothing, position[:0]).shape == (0, 6)
+
+
+@SAYS
+@pytest.mark.parametrize("seed", range(6))
+def test_lengths_above_a_survival_are_those_of_all_survivals(seed: int, says: str) -> None:
+    rng, model = np.random.default_rng(seed), SurvivalModel(5)
+    for lesson in range(40):
+        draft = ragged_draft(100 * seed + lesson, says)
+        flat = FlatDraft.of(draft)
+        model.see(draft, flat, flat.offered)
+        held = np.minimum(rng.geometric(0.3, 11) - 1, flat.offered)
+        model.observe(range(11), flat, np.minimum(held + 1, flat.offered), held)
+        survival = model.of_draft(range(11), flat)
+        for price in (0.0, 0.1, 0.4, 0.9, 1.1):
+            expected = np.bincount(flat.row[survival >= price], minlength=11)
+            assert model.lengths_above(draft, price) == expected.tolist()
+    silent = DraftBlock(token_ids=[(1, 2), ()])
+    assert SurvivalModel(2).lengths_above(silent, 0.9) == [2, 0]
 
 
 def test_a_silent_drafter_is_judged_by_position_and_a_talking_one_by_its_word() -> None:
