@@ -15,9 +15,6 @@ from dspark_batch.models.rope import rope_table
 from dspark_batch.models.rope_spec import rope_spec
 from dspark_batch.models.runner import TargetRunner
 
-KERNEL_LANES = 16
-"""The native products take inputs of a multiple of this width."""
-
 
 class RunnerParts:
     """Fulfils ``drafters.dspark.target_parts.TargetParts`` for a :class:`TargetRunner`."""
@@ -70,7 +67,7 @@ class RunnerParts:
     def linear(self, weight: Tensor, *, float32: bool = False) -> Callable[[Tensor], Tensor]:
         """The product with ``weight`` [out, in]; on the native kernels where the target runs on them too."""
         kernels = self.ops
-        if kernels is None or weight.shape[1] % KERNEL_LANES:
+        if kernels is None or weight.shape[1] % kernels.lanes:
             dense = Linear(weight)
             return (lambda x: dense(x).float()) if float32 else dense
         packed = PackedLinear(kernels, weight)

@@ -32,7 +32,7 @@ from dspark_batch.scheduling.planner import Admitted, admit, admit_budget, admit
 from dspark_batch.scheduling.policies import RoundLoad, RoundOutcome, is_one_hot
 from dspark_batch.scheduling.prices import Prices
 from dspark_batch.scheduling.shadow import ShadowLabels, labels_of_round
-from dspark_batch.scheduling.standing import Pace, StandingPlan
+from dspark_batch.scheduling.standing import LEAST_GAIN_OF_A_CUT, Cuts, Pace, StandingPlan
 from dspark_batch.scheduling.survival import FEW_TOKENS, FlatDraft, SurvivalModel
 from dspark_batch.tensors import DraftBlock, VerifyPlan
 
@@ -45,7 +45,6 @@ CausalRule = Literal["early_stop", "lagged"]
 _PROBED_SHARE = 8
 _HARDLY_DEARER = 1.5
 _CHEAP_ROUND = 1.2
-_LEAST_GAIN_OF_A_CUT = 0.02
 _PROMISING = 0.02
 _SHORT_DRAFT_TOKENS = 4
 _YOUNG_LABELS = 512
@@ -104,6 +103,7 @@ class AutoLength:
         self._model = SurvivalModel(max_draft_tokens, expected_survival)
         self._gates: dict[int, Gate] = {}
         self._budgets: dict[int, int] = {}
+        self._cuts = Cuts()
         self._exploration = Exploration()
         self._round: _Round | None = None
         self._shadows = ShadowLabels(self._model)
@@ -128,6 +128,9 @@ class AutoLength:
         gate = self._gates.get(len(load.handles).bit_length())
         if gate is not None and load.handles == self._handles and gate.rests():
             self._round, self._reason = None, PlanReason.PAUSED
+            return [0] * len(load.handles)
+        if not any(load.limits):
+            self._round, self._reason, self._stands = None, PlanReason.AT_LIMIT, False
             return [0] * len(load.handles)
         standing = self._standing.lengths(load.handles, load.limits) if self._standing is not None else None
         self._stands = standing is not None
@@ -232,9 +235,6 @@ class AutoLength:
             self._reason = PlanReason.NO_TABLE
             return limits
         self._note_finished(load)
-        if not limits.any():
-            self._reason = PlanReason.AT_LIMIT
-            return nothing
         num_rows = len(limits)
         gate = self._gate(load, limits)
         if not gate.is_open:
@@ -307,7 +307,9 @@ class AutoLength:
         admitted = self._admit(load, survival, draft_s, is_legal=is_legal or flat.features is None)
         lengths: Ints = np.bincount(flat.row[admitted.mask], minlength=num_rows)
         if is_legal and flat.features is not None:
-            current.price = admitted.price
+            current.price = admitted.price if self._cuts.pay(num_rows, admitted.gain) else 0.0
+            if current.is_lesson and not current.is_probe and self._cuts.is_due_in_full(admitted.gain):
+                lengths = flat.offered
         elif admitted.mask.all() and all(current.asked >= np.minimum(load.limits, self._max_draft_tokens)):
             current.price = 0.0
         if not current.may_follow:
@@ -325,7 +327,7 @@ class AutoLength:
                 num_rows=num_rows,
                 step_seconds=step_seconds,
                 draft_s=draft_s,
-                least_gain=_LEAST_GAIN_OF_A_CUT,
+                least_gain=LEAST_GAIN_OF_A_CUT,
             )
         if self._causal_rule == "early_stop":
             return admit_early_stop(survival, num_rows=num_rows, step_seconds=step_seconds, draft_s=draft_s)

@@ -24,13 +24,14 @@ StepSeconds = Callable[[Floats], Floats]
 class Admitted:
     """mask: [N] which tokens are worth it. num_tokens, num_accepted: their expected numbers. tokens_per_s: of the
     round, the rows' own tokens included. price: a survival that parts the tokens that are worth it from the others, for
-    rounds like this one."""
+    rounds like this one. gain: by how much the best rate exceeds that of all tokens, as a share of it."""
 
     mask: NDArray[np.bool_]
     num_tokens: float
     num_accepted: float
     tokens_per_s: float
     price: float
+    gain: float
 
 
 def admit(
@@ -95,7 +96,8 @@ class _Ranked:
         mask = np.zeros(len(self.best_first), bool)
         mask[self.best_first[:count]] = True
         num_tokens, num_accepted, rate = (float(x[count]) for x in (self.num_tokens, self.num_accepted, rates))
-        return Admitted(mask, num_tokens, num_accepted, rate, self._price(count, rates))
+        gain = float(rates.max() / rates[-1]) - 1.0
+        return Admitted(mask, num_tokens, num_accepted, rate, self._price(count, rates), gain)
 
     def _price(self, count: int, rates: Floats) -> float:
         """What a token costs on average at the best rate, if that is between the last token admitted and the first one

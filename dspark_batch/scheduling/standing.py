@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 _ROUNDS = 7
 _ROUNDS_PER_LESSON = 4
+_CUT_GAIN_RATE = 0.05
+_IN_FULL_EVERY = 4
+_DEAREST_IN_FULL = 0.25
+
+LEAST_GAIN_OF_A_CUT = 0.05
+"""Share of the rate. What is foretold of a cut is about twice what it brings: the best of many sizes is partly the
+luckiest."""
 
 
 @dataclass(slots=True)
@@ -63,3 +70,26 @@ class Pace:
     def skip(self) -> None:
         """A round that is none."""
         self.num_since += 1
+
+
+@dataclass(slots=True)
+class Cuts:
+    """Whether cutting drafts pays over the rounds, by octaves of rows: a single round says little. gains: means."""
+
+    gains: dict[int, float] = field(default_factory=dict)
+    num_cuts: int = 0
+
+    def pay(self, num_rows: int, gain: float) -> bool:
+        """gain: of the best cut of this round's drafts, as a share of the rate."""
+        octave = num_rows.bit_length()
+        before = self.gains.get(octave, gain)
+        self.gains[octave] = before + _CUT_GAIN_RATE * (gain - before)
+        return self.gains[octave] > LEAST_GAIN_OF_A_CUT
+
+    def is_due_in_full(self, gain: float) -> bool:
+        """Now and then drafts that would be cut are verified in full, so that a size that only looks dear is found
+        out. Call once for every round that is learned from."""
+        if not 0.0 < gain < _DEAREST_IN_FULL:
+            return False
+        self.num_cuts += 1
+        return self.num_cuts % _IN_FULL_EVERY == 0

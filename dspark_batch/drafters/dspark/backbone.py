@@ -15,8 +15,6 @@ from torch import Tensor
 from dspark_batch.drafters.dspark.config import DSparkConfig
 from dspark_batch.drafters.dspark.target_parts import ElementOps, LinearOp, MakeLinear, TorchOps
 
-_OPS_LANES = 16
-
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """(layer, q [T, Hq, D], k [T, Hkv, D], v [T, Hkv, D]) of the blocks, rotated -> [T, Hq * D]. It adds the context."""
 
@@ -41,7 +39,7 @@ class Backbone:
     ) -> None:
         self.config = config
         widths = (config.hidden_size, config.head_dim, config.intermediate_size)
-        self._ops = TorchOps() if ops is None or any(width % _OPS_LANES for width in widths) else ops
+        self._ops = TorchOps() if ops is None or any(width % ops.lanes for width in widths) else ops
         self._fc = linear(weights["fc.weight"])
         self._hidden_norm, self._norm = weights["hidden_norm.weight"], weights["norm.weight"]
         self._layers = tuple(_layer(config, weights, f"layers.{i}.", linear) for i in range(config.num_layers))

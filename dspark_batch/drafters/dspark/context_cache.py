@@ -15,24 +15,11 @@ _FEW_ROWS = 8
 """On a CPU so many rows are written one by one: an indexed copy along an inner dimension takes longer."""
 
 
-@dataclass(slots=True, eq=False)
-class StepFeatures:
-    """features: [T, taps*H] of a step. num_waiting: pieces of it that rows wait with; they keep it alive."""
-
-    features: Tensor
-    num_waiting: int = 0
-
-    @property
-    def num_bytes(self) -> int:
-        """That are kept alive."""
-        return self.features.untyped_storage().nbytes()
-
-
 @dataclass(frozen=True, slots=True)
 class _Piece:
-    """Features ``offset`` .. ``offset+num_tokens-1`` of a step."""
+    """Tokens ``offset`` .. ``offset+num_tokens-1`` of features: [T, taps*H], of a step or of a shared prefix."""
 
-    step: StepFeatures
+    features: Tensor
     offset: int
     num_tokens: int
 
@@ -82,6 +69,7 @@ class ContextCache:
         self._rows: dict[int, RowContext] = {}
         self._pending_limit_bytes = pending_limit_bytes
         self._num_pending_bytes = 0
+        self._num_waiting: Counter[Tensor] = Counter()
 
     @property
     def num_total_tokens(self) -> int:
@@ -122,13 +110,13 @@ class ContextCache:
             self._pool.give_back(row.start, row.capacity)
             self._let_go(row.pending)
 
-    def append(self, row: RowContext, step: StepFeatures, *, offset: int, num_tokens: int) -> None:
-        """Keep the step's features of the positions from ``row.num_known`` on; they are not copied."""
-        row.pending.append(_Piece(step, offset, num_tokens))
+    def append(self, row: RowContext, features: Tensor, *, offset: int, num_tokens: int) -> None:
+        """Keep features of the positions from ``row.num_known`` on; they are not copied."""
+        row.pending.append(_Piece(features, offset, num_tokens))
         row.num_pending += num_tokens
-        if not step.num_waiting:
-            self._num_pending_bytes += step.num_bytes
-        step.num_waiting += 1
+        if not self._num_waiting[features]:
+            self._num_pending_bytes += _num_bytes(features)
+        self._num_waiting[features] += 1
 
     def take_pending(self, rows: Sequence[RowContext]) -> Tensor:
         """[n, taps*H]: the waiting features of the rows, in order; the positions count as held from now on."""
@@ -146,16 +134,17 @@ class ContextCache:
         for handle, row in self._rows.items():
             assert row.num_known <= row.capacity, f"row {handle} knows {row.num_known} positions of {row.capacity}"
             assert row.num_pending == sum(p.num_tokens for p in row.pending), f"row {handle} miscounts its features"
-        waiting = Counter(piece.step for row in self._rows.values() for piece in row.pending)
-        assert all(step.num_waiting == count for step, count in waiting.items()), "a step miscounts its pieces"
-        num_bytes = sum(step.num_bytes for step in waiting)
+        waiting = Counter(piece.features for row in self._rows.values() for piece in row.pending)
+        assert waiting == self._num_waiting, "pieces of some features are miscounted"
+        num_bytes = sum(map(_num_bytes, waiting))
         assert num_bytes == self._num_pending_bytes, f"{num_bytes} bytes wait, {self._num_pending_bytes} are counted"
 
     def _let_go(self, pieces: Iterable[_Piece]) -> None:
         for piece in pieces:
-            piece.step.num_waiting -= 1
-            if not piece.step.num_waiting:
-                self._num_pending_bytes -= piece.step.num_bytes
+            self._num_waiting[piece.features] -= 1
+            if not self._num_waiting[piece.features]:
+                del self._num_waiting[piece.features]
+                self._num_pending_bytes -= _num_bytes(piece.features)
 
 
 class SpanWriter:
@@ -185,23 +174,28 @@ class SpanWriter:
             start += count
 
 
+def _num_bytes(features: Tensor) -> int:
+    """That are kept alive."""
+    return features.untyped_storage().nbytes()
+
+
 def _gather(pieces: Sequence[_Piece]) -> Tensor:
     """The pieces one behind the other. Rows that sat out many steps have a piece of one token of each, so the steps
     are copied from once each, not the pieces."""
-    first = pieces[0].step.features
+    first = pieces[0].features
     if len(pieces) == 1:
         return first[pieces[0].offset : pieces[0].offset + pieces[0].num_tokens]
-    places: dict[StepFeatures, tuple[list[int], list[int]]] = {}
+    places: dict[Tensor, tuple[list[int], list[int]]] = {}
     num_tokens = 0
     for piece in pieces:
-        taken, put = places.setdefault(piece.step, ([], []))
+        taken, put = places.setdefault(piece.features, ([], []))
         taken += range(piece.offset, piece.offset + piece.num_tokens)
         put += range(num_tokens, num_tokens + piece.num_tokens)
         num_tokens += piece.num_tokens
     if len(places) == 1:
         return first.index_select(0, torch.tensor(taken).to(first.device))
     gathered = first.new_empty(num_tokens, first.shape[1])
-    for step, (taken, put) in places.items():
+    for features, (taken, put) in places.items():
         index = torch.tensor([taken, put]).to(first.device)
-        gathered.index_copy_(0, index[1], step.features.index_select(0, index[0]))
+        gathered.index_copy_(0, index[1], features.index_select(0, index[0]))
     return gathered

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dspark_batch.drafters.base import Committed, DraftRow
 from dspark_batch.drafters.dspark.checkpoint import DrafterWeights, load_checkpoint
-from dspark_batch.drafters.dspark.context_cache import ContextCache, RowContext, StepFeatures
+from dspark_batch.drafters.dspark.context_cache import ContextCache, RowContext
 from dspark_batch.drafters.dspark.draft_sampler import DraftSampler
 from dspark_batch.drafters.dspark.model import DSparkModel
 from dspark_batch.drafters.dspark.target_parts import TargetParts
@@ -127,14 +127,13 @@ class DSparkDrafter:
     @torch.inference_mode()
     def observe(self, committed: Sequence[Committed], features: Tensor) -> None:
         """Keep the features; they are projected when their row next drafts, or when too many wait."""
-        step = StepFeatures(features)
         for one in committed:
             context = self.cache.get(one.row.handle)
             if context is None:
                 continue
             known = context.num_known
             assert one.start == known, f"features from position {one.start} on, {known} are known"
-            self.cache.append(context, step, offset=one.offset, num_tokens=one.num_tokens)
+            self.cache.append(context, features, offset=one.offset, num_tokens=one.num_tokens)
         if self.cache.is_overfull:
             self.model.extend(self.cache, list(self.cache.rows()))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Protocol
+from typing import Final, Protocol
 
 import torch
 from torch import Tensor
@@ -25,6 +25,11 @@ class MakeLinear(Protocol):
 class ElementOps(Protocol):
     """What lies between products, on contiguous tensors."""
 
+    @property
+    def lanes(self) -> int:
+        """Every width is a multiple of it."""
+        ...
+
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """[..., D], [D] -> [..., D]: normalise in float32, round to x's dtype, then scale."""
         ...
@@ -36,6 +41,8 @@ class ElementOps(Protocol):
 
 class TorchOps:
     """:class:`ElementOps` on any device, with gradients."""
+
+    lanes: Final = 1
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         return functional.rms_norm(x.float(), (x.shape[-1],), None, eps).to(x.dtype) * weight

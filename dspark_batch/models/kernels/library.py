@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TypeAlias
+from typing import Final, TypeAlias
 
 import torch
 from torch import Tensor
@@ -20,7 +20,9 @@ logger = logging.getLogger(__name__)
 
 ABI = 4
 DTYPES = (torch.bfloat16, torch.float32)
-_LANES = 16
+KERNEL_LANES = 16
+"""Widths are multiples of it."""
+
 MAX_HEAD_DIM = 256
 
 _P, _I, _L, _F = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
@@ -60,6 +62,8 @@ class _Shape(ctypes.Structure):
 
 class Kernels:
     """One loaded library. Tensors must be contiguous, on the CPU and of one dtype of ``DTYPES`` (see ``supports``)."""
+
+    lanes: Final = KERNEL_LANES
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -226,7 +230,7 @@ def supports(*, dtype: torch.dtype, device: torch.device, widths: Sequence[int],
         dtype in DTYPES
         and device.type == "cpu"
         and head_dim <= MAX_HEAD_DIM
-        and all(width % _LANES == 0 for width in (*widths, head_dim))
+        and all(width % KERNEL_LANES == 0 for width in (*widths, head_dim))
     )
 
 

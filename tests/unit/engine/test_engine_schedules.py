@@ -146,5 +146,5 @@ def test_a_target_that_cannot_be_measured_is_drafted_for_in_full(caplog: pytest.
     request = Request(id="a", prompt_token_ids=(1, 2, 3), sampling=SamplingParams(max_new_tokens=8, ignore_eos=True))
     with BatchEngine(model(), EngineConfig(schedule="auto", drafter="suffix")) as engine:
         list(engine.generate([request]))
-        assert set(engine.stats.num_steps_by_reason) == {PlanReason.NO_TABLE}
+        assert set(engine.stats.num_steps_by_reason) == {PlanReason.NO_TABLE, PlanReason.AT_LIMIT}
     assert sum("no cost table" in message for message in caplog.messages) == 1

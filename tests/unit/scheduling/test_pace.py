@@ -3,7 +3,7 @@
 import numpy as np
 
 from dspark_batch.scheduling.lengths import AskedRows
-from dspark_batch.scheduling.standing import Pace, StandingPlan
+from dspark_batch.scheduling.standing import Cuts, Pace, StandingPlan
 
 
 def test_every_round_is_a_lesson_while_little_is_known_and_one_in_four_later() -> None:
@@ -32,6 +32,21 @@ def test_a_plan_stands_for_seven_rounds_of_as_many_rows() -> None:
     assert plan.lengths([100, 101, 102], [9, 9, 9]) is None, "thought over after seven rounds"
     short = StandingPlan.of_round([1, 2], [9, 9], [2, 1], most=4, price=0.3)
     assert short.lengths([2, 3], [9, 9]) == [1, 2], "where nobody was asked for all, nobody is"
+
+
+def test_cuts_pay_by_what_they_gain_over_the_rounds_of_about_as_many_rows() -> None:
+    cuts = Cuts()
+    for _ in range(50):
+        found = [cuts.pay(4, gain) for gain in (0.0, 0.2)]
+        assert not cuts.pay(1, 0.01)
+    assert found == [True, True], "0.1 on average"
+    assert not cuts.pay(1, 0.5), "once is not enough"
+
+
+def test_one_cut_in_four_is_not_made_unless_it_gains_much() -> None:
+    cuts = Cuts()
+    assert [cuts.is_due_in_full(0.1) for _ in range(8)] == [False, False, False, True] * 2
+    assert not any(cuts.is_due_in_full(gain) for gain in (0.0, 0.4) for _ in range(8))
 
 
 def test_rows_that_are_not_worth_it_are_asked_again_each_in_its_turn() -> None:

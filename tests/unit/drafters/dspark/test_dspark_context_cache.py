@@ -2,7 +2,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dspark_batch.drafters.dspark.context_cache import ContextCache, StepFeatures
+from dspark_batch.drafters.dspark.context_cache import ContextCache
 
 
 def make_cache(num_tokens: int, *, limit: int = 10**9) -> ContextCache:
@@ -54,18 +54,18 @@ def test_waiting_features_are_counted_by_what_they_keep_alive() -> None:
     first, second = cache.get(1), cache.get(2)
     assert first is not None
     assert second is not None
-    step = StepFeatures(torch.arange(80.0).view(10, 8))
+    step = torch.arange(80.0).view(10, 8)
     cache.append(first, step, offset=0, num_tokens=1)
     cache.append(second, step, offset=5, num_tokens=3)
     assert not cache.is_overfull, "two pieces of one tensor of 320 bytes"
-    cache.append(first, StepFeatures(-step.features), offset=4, num_tokens=1)
+    cache.append(first, -step, offset=4, num_tokens=1)
     assert cache.is_overfull
     cache.check_integrity()
     taken = cache.take_pending([first])
-    assert taken.tolist() == [step.features[0].tolist(), (-step.features[4]).tolist()]
+    assert taken.tolist() == [step[0].tolist(), (-step[4]).tolist()]
     assert (first.length, first.num_pending, second.num_pending) == (2, 0, 3)
     assert not cache.is_overfull
-    cache.append(first, StepFeatures(torch.ones(40, 8)), offset=39, num_tokens=1)
+    cache.append(first, torch.ones(40, 8), offset=39, num_tokens=1)
     assert cache.is_overfull
     cache.remove(1)
     assert not cache.is_overfull, "a row that leaves takes its features with it"
@@ -86,10 +86,10 @@ def test_taken_features_are_the_rows_own_in_order(steps: list[list[int]], data: 
     for counts in steps:
         features = torch.arange(value, value + sum(counts) + 3).float()[:, None]
         value += len(features)
-        step, offset = StepFeatures(features), 0
+        offset = 0
         for r, count in enumerate(counts):
             if count:
-                cache.append(rows[r], step, offset=offset, num_tokens=count)
+                cache.append(rows[r], features, offset=offset, num_tokens=count)
                 seen[r] += features[offset : offset + count, 0].tolist()
             offset += count + 1
         cache.check_integrity()
