@@ -28,7 +28,7 @@ from dspark_batch.scheduling.lengths import (
     row_seconds,
     rows_worth_drafting,
 )
-from dspark_batch.scheduling.planner import Admitted, admit, admit_budget, admit_early_stop
+from dspark_batch.scheduling.planner import Admitted, LaggedBudgets, admit, admit_early_stop
 from dspark_batch.scheduling.policies import RoundLoad, RoundOutcome, is_one_hot
 from dspark_batch.scheduling.prices import Prices
 from dspark_batch.scheduling.shadow import ShadowLabels, labels_of_round
@@ -102,7 +102,7 @@ class AutoLength:
         self._prices = Prices(cost, self.draft_cost)
         self._model = SurvivalModel(max_draft_tokens, expected_survival)
         self._gates: dict[int, Gate] = {}
-        self._budgets: dict[int, int] = {}
+        self._budgets = LaggedBudgets()
         self._cuts = Cuts()
         self._exploration = Exploration()
         self._round: _Round | None = None
@@ -137,7 +137,7 @@ class AutoLength:
         if standing is not None:
             self._round, self._reason = None, PlanReason.STANDING
             return standing
-        self._standing = None
+        self._end_standing()
         limits = np.minimum(np.array(load.limits, np.int64), self._max_draft_tokens)
         lengths = self._choose_lengths(load, limits)
         self._round = None
@@ -188,6 +188,8 @@ class AutoLength:
         self._sees_tokens = outcome.emitted is not None
         self._shadows.follow(load.handles, outcome.emitted)
         if self._stands:
+            assert self._standing is not None, "set by the round that left it"
+            self._standing.note(outcome)
             self._stands = False
             self._pace.skip()
             self._rounds_drafted_in_a_row += 1
@@ -224,9 +226,17 @@ class AutoLength:
         is_small = num_rows * self._max_draft_tokens <= FEW_TOKENS
         if is_small and gate.pays and current.price is not None and self._model.num_labels >= _YOUNG_LABELS:
             asked: list[int] = current.asked.tolist()
+            most, plain_s = self._max_draft_tokens, self._prices.plain_s(load)
             self._standing = StandingPlan.of_round(
-                load.handles, load.limits, asked, most=self._max_draft_tokens, price=current.price
+                load, asked, most=most, price=current.price, plain_s=plain_s, saving=gate.saved
             )
+
+    def _end_standing(self) -> None:
+        """Its rounds count for the gate like one round that saved their mean."""
+        plan, self._standing = self._standing, None
+        if plan is not None and plan.num_seen:
+            gate = self._gates[plan.num_rows.bit_length()]
+            gate.observe(plan.saved / plan.num_seen, num_rows=plan.num_rows, num_rounds=plan.num_seen)
 
     def _choose_lengths(self, load: RoundLoad, limits: Ints) -> Ints:
         """[R] lengths to ask for; sets the reason."""
@@ -331,14 +341,7 @@ class AutoLength:
             )
         if self._causal_rule == "early_stop":
             return admit_early_stop(survival, num_rows=num_rows, step_seconds=step_seconds, draft_s=draft_s)
-        octave = num_rows.bit_length()
-        budget = self._budgets.get(octave)
-        self._budgets[octave] = round(
-            admit(survival, num_rows=num_rows, step_seconds=step_seconds, draft_s=draft_s).num_tokens
-        )
-        if budget is None:
-            return admit_early_stop(survival, num_rows=num_rows, step_seconds=step_seconds, draft_s=draft_s)
-        return admit_budget(survival, budget=budget, num_rows=num_rows, step_seconds=step_seconds, draft_s=draft_s)
+        return self._budgets.admit(survival, num_rows=num_rows, step_seconds=step_seconds, draft_s=draft_s)
 
     def _learn_from_probe(self, load: RoundLoad, current: _Round, outcome: RoundOutcome) -> None:
         assert current.flat is not None, "set by verify_plan"

@@ -101,14 +101,15 @@ class Gate:
         wait = 1 if promise is None else self.pause
         self.num_left = min(max(wait, affordable), 4 * _LONGEST_PAUSE)
 
-    def observe(self, saved: float, *, num_rows: int) -> None:
-        """A drafted round of an open gate saved this share of a plain step (negative: it cost more).
+    def observe(self, saved: float, *, num_rows: int, num_rounds: int = 1) -> None:
+        """A drafted round of an open gate, or ``num_rounds`` of them on average, saved this share of a plain step
+        (negative: it cost more).
 
         The gate closes where drafting surely loses, or has lost some plain steps in all. One round says little: at a
         few rows, a handful of bad ones would close it on a drafter that pays.
         """
         self.num_rounds += 1
-        self.balance = min(self.balance + saved, _MOST_SAVED)
+        self.balance = min(self.balance + saved * num_rounds, _MOST_SAVED)
         memory = max(6 * _FEWEST_ROUNDS, _ROW_ROUNDS_REMEMBERED // num_rows)
         num_remembered = min(self.num_rounds, memory)
         off = saved - self.saved

@@ -81,6 +81,24 @@ def admit_budget(
     return ranked.take(min(budget, len(survival)), rates)
 
 
+class LaggedBudgets:
+    """:func:`admit_budget` with the number of tokens that would have been best in the round before, by octaves of rows;
+    a first round keeps to :func:`admit_early_stop`."""
+
+    def __init__(self) -> None:
+        self._by_octave: dict[int, int] = {}
+
+    def admit(self, survival: Floats, *, num_rows: int, step_seconds: StepSeconds, draft_s: float) -> Admitted:
+        """Arguments as for :func:`admit`."""
+        octave = num_rows.bit_length()
+        budget = self._by_octave.get(octave)
+        best = admit(survival, num_rows=num_rows, step_seconds=step_seconds, draft_s=draft_s)
+        self._by_octave[octave] = round(best.num_tokens)
+        if budget is None:
+            return admit_early_stop(survival, num_rows=num_rows, step_seconds=step_seconds, draft_s=draft_s)
+        return admit_budget(survival, budget=budget, num_rows=num_rows, step_seconds=step_seconds, draft_s=draft_s)
+
+
 @dataclass(frozen=True, slots=True)
 class _Ranked:
     best_first: Ints

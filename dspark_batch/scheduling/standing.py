@@ -5,7 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from dspark_batch.scheduling.policies import RoundLoad, RoundOutcome
+
 _ROUNDS = 7
+_ROUNDS_IF_CLEAR = 31
+_CLEAR_SAVING = 0.2
+"""Plain steps that a round saves, from which on a plan stands longer."""
+
+_LONGEST_ROUND = 4.0
+"""Plain steps; a round that took longer is a hiccup of the machine and counts as this."""
+
 _ROUNDS_PER_LESSON = 4
 _CUT_GAIN_RATE = 0.05
 _IN_FULL_EVERY = 4
@@ -22,22 +31,32 @@ class StandingPlan:
 
     most_tokens: to ask for, by handle of those that are asked for less than the others, who are asked for ``most``.
     price: survival from which tokens are verified. Set before the rounds that use it, so it is legal in every
-    verification mode.
+    verification mode. plain_s: seconds of a plain step. num_seen: rounds without prompt tokens; saved: what they saved
+    in all, in plain steps.
     """
 
     num_rows: int
     most: int
     most_tokens: Mapping[int, int]
     price: float
+    plain_s: float
     num_left: int = _ROUNDS
+    num_seen: int = 0
+    saved: float = 0.0
 
     @classmethod
     def of_round(
-        cls, handles: Sequence[int], limits: Sequence[int], asked: Sequence[int], *, most: int, price: float
+        cls, load: RoundLoad, asked: Sequence[int], *, most: int, price: float, plain_s: float, saving: float
     ) -> StandingPlan:
-        """What a round asked its rows for, which could use ``limits`` and the drafter ``most`` tokens."""
-        less = {h: a for h, limit, a in zip(handles, limits, asked, strict=True) if a < min(limit, most)}
-        return cls(len(handles), max(asked) if len(less) == len(handles) else most, less, price)
+        """What a round asked its rows for, of a drafter of ``most`` tokens.
+
+        saving: what drafting saves a round, in plain steps; the more, the longer the plan stands.
+        """
+        limited = zip(load.handles, load.limits, asked, strict=True)
+        less = {handle: num for handle, limit, num in limited if num < min(limit, most)}
+        longest = max(asked) if len(less) == len(asked) else most
+        num_rounds = _ROUNDS_IF_CLEAR if saving > _CLEAR_SAVING else _ROUNDS
+        return cls(len(asked), longest, less, price, plain_s, num_rounds)
 
     def lengths(self, handles: Sequence[int], limits: Sequence[int]) -> list[int] | None:
         """[R] tokens to ask for in this round; None where it has to be planned."""
@@ -47,6 +66,14 @@ class StandingPlan:
         most, by_handle = self.most, self.most_tokens
         lengths = [min(limit, by_handle.get(h, most)) for h, limit in zip(handles, limits, strict=True)]
         return lengths if any(lengths) else None
+
+    def note(self, outcome: RoundOutcome) -> None:
+        """One of its rounds is over. Sums are all that a round can afford; they are judged when the plan has ended."""
+        if outcome.num_prefill_tokens:
+            return
+        took = min((outcome.draft_s + outcome.step_s) / self.plain_s, _LONGEST_ROUND)
+        self.num_seen += 1
+        self.saved += sum(outcome.num_accepted) / self.num_rows - (took - 1.0)
 
 
 @dataclass(slots=True)

@@ -80,6 +80,14 @@ def test_a_bad_start_does_not_close_a_gate_whose_drafts_pay_and_a_small_loss_doe
     assert num_rounds < 400
 
 
+def test_a_mean_over_many_rounds_weighs_as_many_in_what_was_lost_in_all() -> None:
+    for num_rounds in (1, 31):
+        gate = Gate(is_open=True)
+        for saved in (0.5, -0.6) * 4:
+            gate.observe(saved, num_rows=4, num_rounds=num_rounds)
+        assert gate.is_open == (num_rounds == 1)
+
+
 def test_gates_of_drafts_that_pay_a_little_seldom_close() -> None:
     """Rounds of four rows scatter by more than what drafting saves."""
     rng, num_closed = np.random.default_rng(0), 0
