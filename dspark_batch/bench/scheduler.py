@@ -9,7 +9,8 @@ One loaded model, and settings that take turns: plain decoding, fixed lengths, a
   prompt through the full batch to the draining tail;
 - mixed: such a job whose rows differ: half repeat code of their prompt, half are open chat.
 
-Drafters start empty in every run, and later repeats take further prompts of the file, round and round.
+Drafters start empty in every run, and later repeats take further prompts of the file, round and round. Fixed lengths
+beyond what the drafter drafts are the same work: they share their runs.
 """
 
 from __future__ import annotations
@@ -187,9 +188,14 @@ def run_scheduler_bench(
 
 class _Bench:
     def __init__(self, plan: Plan, loaded: LoadedTarget, *, tell: Callable[[str], None]) -> None:
+        from dspark_batch.engine.drafter_factory import make_drafter
+
         self._plan = plan
         self._loaded = loaded
         self._tell = tell
+        config = plan.engine.model_copy(update={"schedule": "fixed"})
+        drafter = make_drafter(config, loaded.target, target_fingerprint=loaded.fingerprint)
+        self._max_draft_tokens = drafter.max_draft_tokens
 
     def point(self, concurrency: int, requests: list[Request]) -> Comparison:
         """Constant rows. Prompts of one repeat are the same for all settings."""
@@ -228,15 +234,22 @@ class _Bench:
         runs: dict[str, list[Measurement]] = {setting: [] for setting in settings}
         for number, requests in enumerate(repeats):
             turn = number % len(settings)
+            of_repeat: dict[str, Measurement] = {}
             for setting in (*settings[turn:], *settings[:turn]):
-                run = self._run(setting, concurrency, requests, lasting)
-                runs[setting].append(run)
-                self._tell(f"{name}, repeat {number + 1}, {setting}: {run.tokens_per_s:.1f} tokens/s")
+                work = self._work_of(setting)
+                if work not in of_repeat:
+                    of_repeat[work] = self._run(work, concurrency, requests, lasting)
+                    self._tell(f"{name}, repeat {number + 1}, {work}: {of_repeat[work].tokens_per_s:.1f} tokens/s")
+                runs[setting].append(of_repeat[work])
         return Comparison(
             concurrency=concurrency,
             num_rows=len(repeats[0]),
             runs={setting: tuple(found) for setting, found in runs.items()},
         )
+
+    def _work_of(self, setting: str) -> str:
+        """The setting that does the same: a fixed length is at most what the drafter drafts."""
+        return setting if setting in (PLAIN, AUTO) else str(min(int(setting), self._max_draft_tokens))
 
     def _run(
         self, setting: str, concurrency: int, requests: Sequence[Request], lasting: LastingPolicy | None
