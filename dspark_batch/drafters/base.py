@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -28,8 +28,7 @@ class DraftRow:
     prompt_len: int
 
 
-@dataclass(frozen=True, slots=True)
-class Committed:
+class Committed(NamedTuple):
     """What a step committed of a row: the tokens at positions start .. start+num_tokens-1. Their features are those
     of the step from ``offset`` on."""
 

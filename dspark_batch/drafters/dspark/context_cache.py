@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,8 +16,7 @@ _FEW_ROWS = 8
 """On a CPU so many rows are written one by one: an indexed copy along an inner dimension takes longer."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Piece:
+class _Piece(NamedTuple):
     """Tokens ``offset`` .. ``offset+num_tokens-1`` of features: [T, taps*H], of a step or of a shared prefix."""
 
     features: Tensor
@@ -110,13 +110,22 @@ class ContextCache:
             self._pool.give_back(row.start, row.capacity)
             self._let_go(row.pending)
 
-    def append(self, row: RowContext, features: Tensor, *, offset: int, num_tokens: int) -> None:
-        """Keep features of the positions from ``row.num_known`` on; they are not copied."""
-        row.pending.append(_Piece(features, offset, num_tokens))
-        row.num_pending += num_tokens
-        if not self._num_waiting[features]:
+    def append(self, features: Tensor, places: Iterable[tuple[RowContext, int, int]]) -> None:
+        """Keep features of the positions from ``num_known`` of each row on; they are not copied.
+
+        features: [T, taps*H]. places: (row, offset, num_tokens); all rows of a step in one call, since this is paid for
+        by steps without drafts too.
+        """
+        num_pieces = 0
+        for row, offset, num_tokens in places:
+            row.pending.append(_Piece(features, offset, num_tokens))
+            row.num_pending += num_tokens
+            num_pieces += 1
+        if not num_pieces:
+            return
+        if features not in self._num_waiting:
             self._num_pending_bytes += _num_bytes(features)
-        self._num_waiting[features] += 1
+        self._num_waiting[features] += num_pieces
 
     def take_pending(self, rows: Sequence[RowContext]) -> Tensor:
         """[n, taps*H]: the waiting features of the rows, in order; the positions count as held from now on."""
@@ -140,11 +149,11 @@ class ContextCache:
         assert num_bytes == self._num_pending_bytes, f"{num_bytes} bytes wait, {self._num_pending_bytes} are counted"
 
     def _let_go(self, pieces: Iterable[_Piece]) -> None:
-        for piece in pieces:
-            self._num_waiting[piece.features] -= 1
-            if not self._num_waiting[piece.features]:
-                del self._num_waiting[piece.features]
-                self._num_pending_bytes -= _num_bytes(piece.features)
+        for features, num_pieces in Counter(piece.features for piece in pieces).items():
+            self._num_waiting[features] -= num_pieces
+            if not self._num_waiting[features]:
+                del self._num_waiting[features]
+                self._num_pending_bytes -= _num_bytes(features)
 
 
 class SpanWriter:

@@ -127,13 +127,14 @@ class DSparkDrafter:
     @torch.inference_mode()
     def observe(self, committed: Sequence[Committed], features: Tensor) -> None:
         """Keep the features; they are projected when their row next drafts, or when too many wait."""
-        for one in committed:
-            context = self.cache.get(one.row.handle)
-            if context is None:
-                continue
-            known = context.num_known
-            assert one.start == known, f"features from position {one.start} on, {known} are known"
-            self.cache.append(context, features, offset=one.offset, num_tokens=one.num_tokens)
+        places: list[tuple[RowContext, int, int]] = []
+        for row, start, num_tokens, offset in committed:
+            context = self.cache.get(row.handle)
+            if context is not None:
+                known = context.num_known
+                assert start == known, f"features from position {start} on, {known} are known"
+                places.append((context, offset, num_tokens))
+        self.cache.append(features, places)
         if self.cache.is_overfull:
             self.model.extend(self.cache, list(self.cache.rows()))
 

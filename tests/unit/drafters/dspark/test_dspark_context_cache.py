@@ -55,17 +55,17 @@ def test_waiting_features_are_counted_by_what_they_keep_alive() -> None:
     assert first is not None
     assert second is not None
     step = torch.arange(80.0).view(10, 8)
-    cache.append(first, step, offset=0, num_tokens=1)
-    cache.append(second, step, offset=5, num_tokens=3)
+    cache.append(step, [(first, 0, 1)])
+    cache.append(step, [(second, 5, 3)])
     assert not cache.is_overfull, "two pieces of one tensor of 320 bytes"
-    cache.append(first, -step, offset=4, num_tokens=1)
+    cache.append(-step, [(first, 4, 1)])
     assert cache.is_overfull
     cache.check_integrity()
     taken = cache.take_pending([first])
     assert taken.tolist() == [step[0].tolist(), (-step[4]).tolist()]
     assert (first.length, first.num_pending, second.num_pending) == (2, 0, 3)
     assert not cache.is_overfull
-    cache.append(first, torch.ones(40, 8), offset=39, num_tokens=1)
+    cache.append(torch.ones(40, 8), [(first, 39, 1)])
     assert cache.is_overfull
     cache.remove(1)
     assert not cache.is_overfull, "a row that leaves takes its features with it"
@@ -89,7 +89,7 @@ def test_taken_features_are_the_rows_own_in_order(steps: list[list[int]], data: 
         offset = 0
         for r, count in enumerate(counts):
             if count:
-                cache.append(rows[r], features, offset=offset, num_tokens=count)
+                cache.append(features, [(rows[r], offset, count)])
                 seen[r] += features[offset : offset + count, 0].tolist()
             offset += count + 1
         cache.check_integrity()

@@ -63,7 +63,7 @@ class Setup:
             assert cache.add(handle, len(features) + self.config.block_size + handle)
             row = cache.get(handle)
             assert row is not None
-            cache.append(row, features, offset=0, num_tokens=len(features))
+            cache.append(features, [(row, 0, len(features))])
 
     def draft(self, cache: ContextCache, handles: Sequence[int]) -> list[ReferenceDraft]:
         rows = [row for handle in handles if (row := cache.get(handle)) is not None]
@@ -150,7 +150,7 @@ def test_rows_that_skipped_rounds_catch_up_to_what_rows_that_never_did_have(
                 assert row is not None
                 if step < len(features):
                     num_tokens = min(3, len(features) - step)
-                    cache.append(row, features.clone(), offset=step, num_tokens=num_tokens)
+                    cache.append(features.clone(), [(row, step, num_tokens)])
         setup.draft(steady, range(len(LENGTHS)))
         setup.draft(lazy, [step % 2, 2])
     caught_up = setup.draft(lazy, range(len(LENGTHS)))
