@@ -95,6 +95,25 @@ def test_all_settings_of_a_repeat_decode_the_same_rows(prompts: Path) -> None:
     assert report.table().row_count == 3
 
 
+@pytest.mark.usefixtures("scripted_loader")
+def test_lengths_beyond_what_the_drafter_drafts_share_their_runs(prompts: Path) -> None:
+    engine = EngineConfig(drafter="ngram", max_draft_tokens=3)
+    plan = Plan(
+        engine=engine,
+        prompts=prompts,
+        concurrencies=(2,),
+        lengths=(1, 3, 5, 7),
+        repeats=1,
+        max_new_tokens=6,
+        has_jobs=False,
+        warm_up_s=0.1,
+    )
+    told: list[str] = []
+    (point,) = run_scheduler_bench(plan, tell=told.append).points
+    assert point.runs["3"] == point.runs["5"] == point.runs["7"] != point.runs["1"]
+    assert not any(", 5:" in line or ", 7:" in line for line in told)
+
+
 def test_ratios_are_medians_of_ratios_within_a_repeat() -> None:
     class Run:
         def __init__(self, rate: float) -> None:
