@@ -43,6 +43,7 @@ BUILT_IN_PROMPTS = Path(__file__).parents[2] / "configs" / "data" / "schedule_pr
 _NUM_BUILT_IN_CHATS = 32
 _CHEAP_CONCURRENCY = 8
 _CHEAP_RUNS = 6
+_JOB_RUNS = 3
 _SHORT = SamplingParams(max_new_tokens=8, ignore_eos=True)
 _LENGTH_CYCLE = (0.25, 1.0, 0.5, 1.5, 0.25, 3.0, 0.5, 1.0)
 """Output lengths of a job's rows, as shares of ``max_new_tokens``; their mean is 1."""
@@ -50,7 +51,8 @@ _LENGTH_CYCLE = (0.25, 1.0, 0.5, 1.5, 0.25, 3.0, 0.5, 1.0)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """What to run. prompts: None: the built-in set. Up to 8 rows runs are short and noisy: six per repeat.
+    """What to run. prompts: None: the built-in set. Runs of up to 8 rows are short and noisy: six per repeat, of the
+    jobs three.
 
     job_rows: rows of the two jobs, which ``has_jobs`` leaves out; None: twice their concurrency. warm_up_s:
     decoding by which auto learns each concurrency before it is measured. cold: see the module.
@@ -202,27 +204,32 @@ class _Bench:
         plan = self._plan
         sampling = SamplingParams(max_new_tokens=plan.max_new_tokens, ignore_eos=True)
         lasting = None if plan.cold else LastingPolicy(self._policy(AUTO))
-        self._warm_up(concurrency, with_sampling(requests, sampling, first=0, count=concurrency), lasting)
+        self._warm_up(concurrency, requests, sampling, lasting)
         repeats = [
             with_sampling(requests, sampling, first=(repeat + 1) * concurrency, count=concurrency)
             for repeat in range(plan.repeats_at(concurrency))
         ]
         return self._compare(str(concurrency), concurrency, repeats, lasting)
 
-    def _warm_up(self, concurrency: int, requests: Sequence[Request], lasting: LastingPolicy | None) -> None:
-        """Runs that do not count: a short one of each setting for kernels, more of auto for what it has to learn."""
-        short = with_sampling(list(requests), _SHORT, first=0, count=len(requests))
+    def _warm_up(
+        self, concurrency: int, requests: list[Request], sampling: SamplingParams, lasting: LastingPolicy | None
+    ) -> None:
+        """Runs that do not count: a short one of each setting for kernels, more of auto for what it has to learn, on
+        prompts from the end of the file; the same ones again would teach it their own chances."""
+        short = with_sampling(requests, _SHORT, first=0, count=concurrency)
         for setting in self._plan.settings:
             self._run(setting, concurrency, short, lasting)
-        spent_s = 0.0
+        spent_s, first = 0.0, len(requests)
         while lasting is not None and spent_s < self._plan.warm_up_s:
-            spent_s += self._run(AUTO, concurrency, requests, lasting).wall_s
+            first = (first - concurrency) % len(requests)
+            rows = with_sampling(requests, sampling, first=first, count=concurrency)
+            spent_s += self._run(AUTO, concurrency, rows, lasting).wall_s
 
     def job(self, name: str, requests: list[Request], *, kinds: int = 1) -> Comparison:
         """A whole job of rows of different lengths, with new policies; ``kinds`` of rows take turns in it."""
         plan = self._plan
         repeats = []
-        for repeat in range(plan.repeats):
+        for repeat in range(plan.repeats * _JOB_RUNS):
             rows = with_sampling(requests, SamplingParams(), first=repeat * plan.num_job_rows, count=plan.num_job_rows)
             repeats.append([_with_length(row, plan.max_new_tokens, n // kinds) for n, row in enumerate(rows)])
         return self._compare(name, plan.job_concurrency, repeats, None)

@@ -58,7 +58,7 @@ def command(
 ) -> None:
     """Plain decoding, fixed draft lengths and schedule=auto in turns: constant rows, a whole job, a mixed job.
 
-    Up to 8 rows every repeat is six runs of each.
+    Up to 8 rows every repeat is six runs of each, of the jobs three.
     """
     values = {"target": target, "dtype": dtype, "drafter": drafter, "drafter_path": drafter_path}
     plan = Plan(

@@ -32,7 +32,7 @@ from dspark_batch.scheduling.planner import Admitted, LaggedBudgets, admit, admi
 from dspark_batch.scheduling.policies import RoundLoad, RoundOutcome, is_one_hot
 from dspark_batch.scheduling.prices import Prices
 from dspark_batch.scheduling.shadow import ShadowLabels, labels_of_round
-from dspark_batch.scheduling.standing import LEAST_GAIN_OF_A_CUT, Cuts, Pace, StandingPlan
+from dspark_batch.scheduling.standing import CLEAR_SAVING, LEAST_GAIN_OF_A_CUT, Cuts, Pace, StandingPlan
 from dspark_batch.scheduling.survival import FEW_TOKENS, FlatDraft, SurvivalModel
 from dspark_batch.tensors import DraftBlock, VerifyPlan
 
@@ -49,7 +49,6 @@ _PROMISING = 0.02
 _SHORT_DRAFT_TOKENS = 4
 _YOUNG_LABELS = 512
 _FEWEST_LABELS = 16
-_CLEAR_SAVING = 0.5
 _PLAIN_EVERY_IN_DOUBT = 8
 _PLAIN_EVERY = 64
 _PLAIN_EVERY_IF_CLEAR = 512
@@ -255,9 +254,11 @@ class AutoLength:
             self._reason = PlanReason.PLAIN_STEP
             return nothing
         lengths = self._lengths_to_ask(load, limits)
-        self._reason = PlanReason.DRAFTED
-        if not lengths.any():
-            self._reason = PlanReason.NOT_WORTH_IT
+        are_near_end = 2 * int(limits.sum()) < num_rows * self._max_draft_tokens
+        if are_near_end and not self._best_lengths(load, limits)[0].any():
+            lengths = nothing
+        self._reason = PlanReason.DRAFTED if lengths.any() else PlanReason.NOT_WORTH_IT
+        if not are_near_end and not lengths.any():
             gate.close()
         return lengths
 
@@ -293,17 +294,17 @@ class AutoLength:
         is_by_token = costs_by_token(self.draft_cost, num_rows=num_rows, longest=longest, plain_s=plain_s)
         if self._model.has_signal and not is_by_token and num_rows * row_s < CHEAP_DRAFT * plain_s:
             return limits * self._asked_rows.choose(load.handles, np.ones(num_rows, bool))
-        survival = self._model.history.survival(load.handles, self._max_draft_tokens)
         if not self._model.has_signal or is_by_token:
-            lengths, _ = self._best_lengths(load, limits, survival)
+            lengths, _ = self._best_lengths(load, limits)
             return np.minimum(limits, lengths.max(initial=0)) if self._model.has_signal else lengths
+        survival = self._model.history.survival(load.handles, self._max_draft_tokens)
         worth = rows_worth_drafting(survival, plain_s=plain_s, row_s=row_s)
         return limits * self._asked_rows.choose(load.handles, worth)
 
-    def _best_lengths(self, load: RoundLoad, limits: Ints, survival: Floats) -> tuple[Ints, float]:
+    def _best_lengths(self, load: RoundLoad, limits: Ints) -> tuple[Ints, float]:
         return best_lengths(
             limits,
-            survival,
+            self._model.history.survival(load.handles, self._max_draft_tokens),
             offered=self._model.history.offer_rates(),
             step_seconds=self._prices.step_seconds(load),
             plain_s=self._prices.plain_s(load),
@@ -363,8 +364,8 @@ class AutoLength:
         octave = num_rows.bit_length()
         if octave not in self._gates:
             if self._model.num_labels >= _FEWEST_LABELS:
-                survival = self._model.history.survival(load.handles, self._max_draft_tokens)
-                is_open = self._best_lengths(load, limits, survival)[1] > 1.0 + _PROMISING
+                whole = np.full_like(limits, self._max_draft_tokens)  # rows near their end say nothing of others
+                is_open = self._best_lengths(load, whole)[1] > 1.0 + _PROMISING
             else:
                 short = np.array([0.0, float(_SHORT_DRAFT_TOKENS * num_rows)])
                 plain_s, drafted_s = self._prices.step_seconds(load)(short).tolist()
@@ -389,7 +390,7 @@ class AutoLength:
     def _is_time_for_a_plain_round(self, gate: Gate, num_rows: int) -> bool:
         """Only drafted rounds would leave the cost of plain decoding to the table."""
         assert self.cost is not None, "nothing is planned without costs"
-        wait = _PLAIN_EVERY if gate.saved < _CLEAR_SAVING else _PLAIN_EVERY_IF_CLEAR
+        wait = _PLAIN_EVERY_IF_CLEAR if gate.pays and gate.saved > CLEAR_SAVING else _PLAIN_EVERY
         if not self.cost.is_trusted(num_rows, num_rows=num_rows):
             wait = _PLAIN_EVERY_IN_DOUBT
         if self._rounds_drafted_in_a_row < wait:

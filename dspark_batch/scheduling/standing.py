@@ -9,8 +9,9 @@ from dspark_batch.scheduling.policies import RoundLoad, RoundOutcome
 
 _ROUNDS = 7
 _ROUNDS_IF_CLEAR = 31
-_CLEAR_SAVING = 0.2
-"""Plain steps that a round saves, from which on a plan stands longer."""
+
+CLEAR_SAVING = 0.2
+"""Plain steps that a round saves, from which on plans stand longer and plain steps are rarer."""
 
 _LONGEST_ROUND = 4.0
 """Plain steps; a round that took longer is a hiccup of the machine and counts as this."""
@@ -55,7 +56,7 @@ class StandingPlan:
         limited = zip(load.handles, load.limits, asked, strict=True)
         less = {handle: num for handle, limit, num in limited if num < min(limit, most)}
         longest = max(asked) if len(less) == len(asked) else most
-        num_rounds = _ROUNDS_IF_CLEAR if saving > _CLEAR_SAVING else _ROUNDS
+        num_rounds = _ROUNDS_IF_CLEAR if saving > CLEAR_SAVING else _ROUNDS
         return cls(len(asked), longest, less, price, plain_s, num_rounds)
 
     def lengths(self, handles: Sequence[int], limits: Sequence[int]) -> list[int] | None:

@@ -82,7 +82,7 @@ def test_all_settings_of_a_repeat_decode_the_same_rows(prompts: Path) -> None:
     )
     lines: list[str] = []
     report = run_scheduler_bench(plan, tell=lines.append)
-    assert len(lines) == 3 * (12 + 2 + 2)
+    assert len(lines) == 3 * (12 + 6 + 6)
     assert report.job is not None
     assert report.mixed is not None
     for found, num_tokens in ((report.points[0], 12), (report.job, None), (report.mixed, None)):
