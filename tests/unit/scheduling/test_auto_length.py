@@ -154,6 +154,22 @@ def test_a_dear_drafter_that_is_known_to_pay_drafts_from_the_first_round(
     assert (policy.reason is PlanReason.DRAFTED) is is_first_drafted
 
 
+def test_rows_near_their_end_neither_close_a_gate_nor_keep_one_from_opening() -> None:
+    """A draft of one token for one row of two loses, which says nothing about rows that have more to come."""
+    block = DraftCost([DraftSample(2, 1, 0.0045), DraftSample(2, 4, 0.0045)])
+    policy = AutoLength(max_draft_tokens=4, cost=known_cost(idle), draft_cost=block, expected_survival=(0.7, 0.5, 0.4))
+    w = world(idle, says(0.7, 0.7), policy=policy, num_rows=2, draft_s=lambda rows, longest: 0.0045)
+    for _ in range(20):
+        w.play([0, 1], limits=[1, 0])
+    assert w.reasons == {PlanReason.NOT_WORTH_IT: 20}
+    w.play([0, 1])
+    assert w.reasons[PlanReason.DRAFTED] == 1
+    for _ in range(20):
+        w.play([0, 1], limits=[0, 1])
+    w.play([0, 1])
+    assert w.reasons[PlanReason.DRAFTED] + w.reasons[PlanReason.STANDING] == 2
+
+
 def test_rows_that_accept_get_longer_drafts_than_rows_that_do_not() -> None:
     def step_s(tokens: int, rows: int) -> float:
         return 0.01 + 0.0006 * tokens
