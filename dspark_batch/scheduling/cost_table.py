@@ -188,6 +188,8 @@ class CostSurface:
         end = max(float(lower.tokens[-1]), first)
         at_low = lower(np.minimum(num_tokens, end)) + upper(np.maximum(num_tokens, end)) - upper.at(end)
         at_high = upper(np.maximum(num_tokens, first)) + lower(np.minimum(num_tokens, first)) - lower.at(first)
+        # More rows never make as many tokens cheaper, where a steep curve that goes on past its points says so.
+        at_high = np.maximum(at_low, at_high)
         share = (num_rows - rows[low]) / (first - rows[low])
         blended: Floats = (1.0 - share) * at_low + share * at_high
         return blended

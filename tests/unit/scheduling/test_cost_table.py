@@ -86,6 +86,15 @@ def test_sizes_beyond_the_measured_ones_go_on_with_the_last_slope() -> None:
     assert seconds(CostTable((StepSample(0, 1, 1, 0.5),)), 8, 1) == pytest.approx(4.0)
 
 
+def test_a_steep_curve_of_few_rows_makes_no_step_of_more_rows_cost_less_than_nothing() -> None:
+    steps = [StepSample(0, 1, 6, 0.25), StepSample(0, 1, 7, 1.0), StepSample(0, 16, 16, 1.0)]
+    surface = CostSurface(steps)
+    measured = np.arange(2.0, 17.0)
+    at, alone = (surface.seconds(measured, num_rows=rows, context_tokens=0.0) for rows in (2, 1))
+    assert (at >= alone - 1e-12).all()
+    assert at[0] == 0.25
+
+
 @given(
     data=st.lists(
         st.tuples(
