@@ -16,7 +16,7 @@
 namespace ds {
 
 constexpr int CHUNK_KEYS = 256;
-constexpr int QUERY_TILE = 6;      // queries that one micro-kernel call keeps in registers
+constexpr int QUERY_TILE = SUMS > 6 ? 6 : 3;  // queries that one micro-kernel call keeps in registers
 constexpr int MAX_SPLIT_TOKENS = 16;  // longer slices are cut by tokens, shorter ones by chunks
 constexpr int TOKEN_TILE = 32;
 
@@ -142,14 +142,19 @@ inline void value_block(const Query<T>* qs, const Span<T>& values, int dim, int 
       if (ahead && k < ahead->count)
         fetch(ahead->values + (int64_t(k) * dim + at) * sizeof(T), 2 * NP * LANES * sizeof(T));
       vf x[2 * NP];
+#pragma GCC unroll 8
       for (int j = 0; j < NP; j++) load_pair(v + 2 * j * LANES, x[2 * j], x[2 * j + 1]);
+#pragma GCC unroll 8
       for (int i = 0; i < NQ; i++) {
         vf w = splat(p[i * CHUNK_KEYS + k]);
+#pragma GCC unroll 8
         for (int j = 0; j < 2 * NP; j++) acc[i][j] = fma(w, x[j], acc[i][j]);
       }
     }
   }
+#pragma GCC unroll 8
   for (int i = 0; i < NQ; i++)
+#pragma GCC unroll 8
     for (int j = 0; j < NP; j++)
       store_pair(static_cast<const T*>(nullptr), qs[i].partial + 2 + at + 2 * j * LANES, acc[i][2 * j], acc[i][2 * j + 1]);
 }
@@ -178,7 +183,7 @@ inline void exponentials(const Query<T>& q, int k0, int k1, float* s) {
     if (k < q.lo || k + LANES > q.hi) {
       vf at = index + float(k);
       vi seen = (vi)(at >= splat(float(q.lo))) & (vi)(at < splat(float(q.hi)));
-      x = (vf)(((vi)x & seen) | ((vi)none & ~seen));
+      x = select(seen, x, none);
       store(s + k, x);
     }
     top = vmax(top, x);
@@ -224,7 +229,7 @@ void chunk_tile(const Query<T>* qs, const Keys<T>& keys, const Span<T>& values, 
   }
   for (int i = 0; i < NQ; i++) exponentials(qs[i], from, to, s + i * CHUNK_KEYS);
   int at = 0;
-  for (; at + 64 <= dim; at += 64) value_block<T, NQ, 2>(qs, values, dim, at, lo, hi, s, ahead);
+  for (; SUMS >= 4 * QUERY_TILE && at + 64 <= dim; at += 64) value_block<T, NQ, 2>(qs, values, dim, at, lo, hi, s, ahead);
   for (; at + 32 <= dim; at += 32) value_block<T, NQ, 1>(qs, values, dim, at, lo, hi, s, ahead);
   if (at < dim) value_rest<T, NQ>(qs, values, dim, lo, hi, s);
 }

@@ -13,8 +13,10 @@
 
 namespace ds {
 
-typedef uint64_t vq __attribute__((vector_size(64), aligned(64)));
-typedef float vhalf __attribute__((vector_size(32), aligned(32)));
+typedef uint64_t vq __attribute__((vector_size(REGISTER_BYTES)));  // as many hashes as a register holds
+typedef double vd __attribute__((vector_size(REGISTER_BYTES)));
+typedef float vd_narrow __attribute__((vector_size(REGISTER_BYTES / 2)));
+constexpr int HASHES = REGISTER_BYTES / 8;
 
 constexpr int64_t UNDECIDED = -1;
 constexpr uint64_t GOLDEN = 0x9E3779B97F4A7C15ull, POSITION_STEP = 0xD1342543DE82EF95ull;
@@ -70,18 +72,19 @@ inline int64_t draw_full(const float* x, int64_t n, const DrawParams& p) {
   auto consider = [&](int64_t v) { winner.add(double(x[v] / temperature) + noise.gumbel(uint64_t(v)), v); };
   consider(p.best);
   vq lane;
-  for (int i = 0; i < 8; i++) lane[i] = uint64_t(i) * GOLDEN;
+  for (int i = 0; i < HASHES; i++) lane[i] = uint64_t(i) * GOLDEN;
   int64_t v = 0;
   for (; v + LANES <= n; v += LANES) {
     const float ahead = float(winner.best - double(top));
     const vf d = load(x + v) / temperature - top - ahead;
     if (!(hmax(d) > -MAX_GUMBEL)) continue;
-    const vf limit = exp_neg(d < vf{} ? d : vf{}) * 1.01f;
+    const vf limit = exp_neg(select((vi)(d < vf{}), d, vf{})) * 1.01f;
     alignas(64) float gap[LANES];
-    for (int half = 0; half < 2; half++) {
-      vq bits = mix64(lane + (noise.state + uint64_t(v + 8 * half) * GOLDEN)) >> (64 - FRACTION_BITS);
-      vhalf g = __builtin_convertvector((1ull << FRACTION_BITS) - bits, vhalf) * 0x1p-52f;
-      std::memcpy(gap + 8 * half, &g, sizeof g);
+    for (int i = 0; i < LANES; i += HASHES) {
+      const vq bits = mix64(lane + (noise.state + uint64_t(v + i) * GOLDEN)) >> (64 - FRACTION_BITS);
+      // 1 + u, by the bits of a double in [1, 2): few machines turn integers of 64 bits into floats
+      const vd_narrow g = __builtin_convertvector(2.0 - (vd)(bits | 0x3ff0000000000000ull), vd_narrow);
+      std::memcpy(gap + i, &g, sizeof g);
     }
     const vf slack = limit - load(gap);
     if (hmax(slack) < 0.0f) continue;

@@ -50,8 +50,9 @@ inline void pack_tile(const T* weight, const int64_t* order, int64_t tile, int64
   }
 }
 
-// Products of M rows with TILES tiles of weights, kept in registers: 6 x 64 outputs come within 3 % of the peak of a core
-// with 32 vector registers (12 x 32 need more row pointers than there are registers for).
+// Products of M rows with TILES tiles of weights, COLUMNS vectors of them at a time, kept in registers: 6 x 64 outputs
+// come within 3 % of the peak of a core with 32 registers of 16 floats (12 x 32 need more row pointers than there are
+// registers for); 16 registers of 8 floats hold 6 x 16.
 template <class T, int M, int TILES>
 struct Micro {
   const T* x;  // M rows
@@ -60,20 +61,23 @@ struct Micro {
   int64_t cells;
   const char* ahead;  // what comes next, FETCH cache lines of it a cell, or null
 
+  static constexpr int COLUMNS = SUMS >= 2 * TILES * M ? 2 * TILES : SUMS >= 2 * M ? 2 : 1;
+  typedef vf Part[M][COLUMNS];
   typedef vf Sums[M][2 * TILES];
 
   template <int FETCH>
-  inline void add(int64_t c0, int64_t c1, Sums& acc) const {
+  inline void add(int64_t c0, int64_t c1, int first, const char* ahead, Part& acc) const {
     for (int64_t c = c0; c < c1; c++) {
-      vf wide[2 * TILES];
-      for (int j = 0; j < TILES; j++) {
-        const float* at = w + (j * cells + c) * TILE_N;
-        wide[2 * j] = load(at), wide[2 * j + 1] = load(at + LANES);
-      }
+      vf wide[COLUMNS];
+#pragma GCC unroll 8
+      for (int j = 0; j < COLUMNS; j++)
+        wide[j] = load(w + ((first + j) / 2 * cells + c) * TILE_N + (first + j) % 2 * LANES);
       for (int j = 0; j < FETCH; j++) __builtin_prefetch(ahead + (c * FETCH + j) * 64, 0, 2);
+#pragma GCC unroll 8
       for (int i = 0; i < M; i++) {
         vf a = broadcast_cell(x + i * ldx + c * per_cell<T>);
-        for (int j = 0; j < 2 * TILES; j++) acc[i][j] = dot_cell<T>(acc[i][j], wide[j], a);
+#pragma GCC unroll 8
+        for (int j = 0; j < COLUMNS; j++) acc[i][j] = dot_cell<T>(acc[i][j], wide[j], a);
       }
     }
   }
@@ -81,15 +85,28 @@ struct Micro {
   // float32 is summed in runs of RUN_CELLS, the runs one after another: the rounding error of a long sum falls several
   // times. In bfloat16 the inputs' own rounding is far larger.
   template <int FETCH>
-  inline void run(Sums& acc) const {
+  inline void run_part(int first, const char* ahead, Part& acc) const {
     for (auto& row : acc)
       for (vf& a : row) a = vf{};
-    if constexpr (sizeof(T) == 2) return add<FETCH>(0, cells, acc);
-    for (int64_t c = 0; c < cells; c += RUN_CELLS) {
-      Sums part = {};
-      add<FETCH>(c, c + RUN_CELLS < cells ? c + RUN_CELLS : cells, part);
+    const int64_t run = sizeof(T) == 2 ? cells : RUN_CELLS;
+    for (int64_t c = 0; c < cells; c += run) {
+      Part part = {};
+      add<FETCH>(c, c + run < cells ? c + run : cells, first, ahead, part);
       for (int i = 0; i < M; i++)
-        for (int j = 0; j < 2 * TILES; j++) acc[i][j] += part[i][j];
+        for (int j = 0; j < COLUMNS; j++) acc[i][j] += part[i][j];
+    }
+  }
+
+  template <int FETCH>
+  inline void run(Sums& acc) const {
+    if constexpr (COLUMNS == 2 * TILES) return run_part<FETCH>(0, ahead, acc);
+    constexpr int PASSES = 2 * TILES / COLUMNS, EACH = FETCH > PASSES ? FETCH / PASSES : FETCH ? 1 : 0;
+    for (int pass = 0; pass < PASSES; pass++) {
+      Part part;
+      if (pass * EACH < FETCH) run_part<EACH>(pass * COLUMNS, ahead + pass * EACH * cells * 64, part);
+      else run_part<0>(pass * COLUMNS, nullptr, part);
+      for (int i = 0; i < M; i++)
+        for (int j = 0; j < COLUMNS; j++) acc[i][pass * COLUMNS + j] = part[i][j];
     }
   }
 };

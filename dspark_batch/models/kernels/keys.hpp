@@ -14,10 +14,43 @@ struct Row {
   int32_t token_start, num_tokens, kv_len, own_start, prefix_start, prefix_len;
 };
 
+// Columns c .. c + 3 of 16 rows: out[j] holds cell c + j of every row.
+inline void columns4(const uint32_t* const rows[16], int c, vf out[4]) {
+#ifdef DSPARK_AVX512
+  __m512i quad[4];  // quad[i]: the four cells of rows i, 4 + i, 8 + i and 12 + i; put together by loads, not by shuffles
+  for (int i = 0; i < 4; i++) {
+    auto cells = [&](int row) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(rows[row] + c)); };
+    __m512i x = _mm512_castsi128_si512(cells(i));
+    x = _mm512_mask_broadcast_i32x4(x, 0x00f0, cells(4 + i));
+    x = _mm512_mask_broadcast_i32x4(x, 0x0f00, cells(8 + i));
+    quad[i] = _mm512_mask_broadcast_i32x4(x, 0xf000, cells(12 + i));
+  }
+  __m512i a = _mm512_unpacklo_epi32(quad[0], quad[1]), b = _mm512_unpackhi_epi32(quad[0], quad[1]);
+  __m512i d = _mm512_unpacklo_epi32(quad[2], quad[3]), e = _mm512_unpackhi_epi32(quad[2], quad[3]);
+  out[0] = (vf)_mm512_unpacklo_epi64(a, d), out[1] = (vf)_mm512_unpackhi_epi64(a, d);
+  out[2] = (vf)_mm512_unpacklo_epi64(b, e), out[3] = (vf)_mm512_unpackhi_epi64(b, e);
+#elif defined(DSPARK_AVX2)
+  for (int half = 0; half < 2; half++) {  // as above, eight rows at a time
+    __m256 quad[4];
+    for (int i = 0; i < 4; i++) {
+      auto cells = [&](int row) { return _mm_loadu_ps(reinterpret_cast<const float*>(rows[8 * half + row] + c)); };
+      quad[i] = _mm256_insertf128_ps(_mm256_castps128_ps256(cells(i)), cells(4 + i), 1);
+    }
+    const __m256 a = _mm256_unpacklo_ps(quad[0], quad[1]), b = _mm256_unpackhi_ps(quad[0], quad[1]);
+    const __m256 d = _mm256_unpacklo_ps(quad[2], quad[3]), e = _mm256_unpackhi_ps(quad[2], quad[3]);
+    out[0].part[half] = _mm256_shuffle_ps(a, d, 0x44), out[1].part[half] = _mm256_shuffle_ps(a, d, 0xee);
+    out[2].part[half] = _mm256_shuffle_ps(b, e, 0x44), out[3].part[half] = _mm256_shuffle_ps(b, e, 0xee);
+  }
+#else
+  for (int j = 0; j < 4; j++)
+    for (int i = 0; i < 16; i++) std::memcpy(reinterpret_cast<char*>(&out[j]) + 4 * i, rows[i] + c + j, 4);
+#endif
+}
+
 inline void transpose16(const uint32_t* const rows[16], uint32_t* out, int stride) {
+#ifdef DSPARK_AVX512
   vu v[16];
   for (int i = 0; i < 16; i++) std::memcpy(&v[i], rows[i], 64);
-#ifdef DSPARK_AVX512
   __m512i a[16], b[16];
   for (int i = 0; i < 16; i += 2) {
     a[i] = _mm512_unpacklo_epi32((__m512i)v[i], (__m512i)v[i + 1]);
@@ -37,8 +70,11 @@ inline void transpose16(const uint32_t* const rows[16], uint32_t* out, int strid
     _mm512_storeu_si512(out + (c + 12) * stride, _mm512_shuffle_i32x4(z, w, 0xdd));
   }
 #else
-  for (int i = 0; i < 16; i++)
-    for (int j = 0; j < 16; j++) out[j * stride + i] = v[i][j];
+  for (int c = 0; c < 16; c += 4) {
+    vf column[4];
+    columns4(rows, c, column);
+    for (int j = 0; j < 4; j++) store(reinterpret_cast<float*>(out) + (c + j) * stride, column[j]);
+  }
 #endif
 }
 
@@ -58,27 +94,6 @@ inline Span<T> span_of(const T* head, const Row& r, int dim, int k0, int count) 
   before = before < 0 ? 0 : before > count ? count : before;
   int64_t own = int64_t(r.own_start) + (k0 > r.prefix_len ? k0 - r.prefix_len : 0);
   return {{head + (int64_t(r.prefix_start) + k0) * dim, head + own * dim}, {before, count - before}};
-}
-
-// Columns c .. c + 3 of 16 rows: out[j] holds cell c + j of every row.
-inline void columns4(const uint32_t* const rows[16], int c, vf out[4]) {
-#ifdef DSPARK_AVX512
-  __m512i quad[4];  // quad[i]: the four cells of rows i, 4 + i, 8 + i and 12 + i; put together by loads, not by shuffles
-  for (int i = 0; i < 4; i++) {
-    auto cells = [&](int row) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(rows[row] + c)); };
-    __m512i x = _mm512_castsi128_si512(cells(i));
-    x = _mm512_mask_broadcast_i32x4(x, 0x00f0, cells(4 + i));
-    x = _mm512_mask_broadcast_i32x4(x, 0x0f00, cells(8 + i));
-    quad[i] = _mm512_mask_broadcast_i32x4(x, 0xf000, cells(12 + i));
-  }
-  __m512i a = _mm512_unpacklo_epi32(quad[0], quad[1]), b = _mm512_unpackhi_epi32(quad[0], quad[1]);
-  __m512i d = _mm512_unpacklo_epi32(quad[2], quad[3]), e = _mm512_unpackhi_epi32(quad[2], quad[3]);
-  out[0] = (vf)_mm512_unpacklo_epi64(a, d), out[1] = (vf)_mm512_unpackhi_epi64(a, d);
-  out[2] = (vf)_mm512_unpacklo_epi64(b, e), out[3] = (vf)_mm512_unpackhi_epi64(b, e);
-#else
-  for (int j = 0; j < 4; j++)
-    for (int i = 0; i < 16; i++) std::memcpy(reinterpret_cast<char*>(&out[j]) + 4 * i, rows[i] + c + j, 4);
-#endif
 }
 
 // out [blocks][dim cells][PACK_KEYS] cells; keys past `count` are zero.

@@ -1,7 +1,7 @@
 // 16 float lanes, storage types and the dot step that every kernel is built from.
 //
-// Only this file knows instruction sets. Vector extensions of GCC and Clang lower to whatever the machine has;
-// AVX-512 intrinsics replace the few steps that compilers do not find. DSPARK_GENERIC switches the intrinsics off.
+// Only this file and keys.hpp know instruction sets. Vector extensions of GCC and Clang lower to whatever the machine
+// has; intrinsics replace the few steps that compilers do not find. DSPARK_GENERIC switches the intrinsics off.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -12,13 +12,28 @@
 #if defined(__AVX512BF16__)
 #define DSPARK_DPBF16 1
 #endif
+#else
+#include "wide.hpp"
+#if defined(__AVX2__) && !defined(DSPARK_GENERIC)
+#define DSPARK_AVX2 1
+#include <immintrin.h>
+#endif
 #endif
 
 namespace ds {
 
+#ifdef DSPARK_AVX512
 typedef float vf __attribute__((vector_size(64), aligned(64)));
 typedef int32_t vi __attribute__((vector_size(64), aligned(64)));
 typedef uint32_t vu __attribute__((vector_size(64), aligned(64)));
+constexpr int SUMS = 24;  // vectors that a loop may sum in: what is left of the registers holds its operands
+constexpr int REGISTER_BYTES = 64;
+#else
+typedef Wide<float> vf;
+typedef Wide<int32_t> vi;
+typedef Wide<uint32_t> vu;
+constexpr int SUMS = 6;
+#endif
 
 constexpr int LANES = 16;
 
@@ -49,15 +64,15 @@ inline bf16 narrow<bf16>(float x) {
 }
 
 inline vf splat(float x) { return vf{} + x; }
+inline vf select(vi where, vf a, vf b) { return (vf)(((vi)a & where) | ((vi)b & ~where)); }
 
+#ifdef DSPARK_AVX512
 inline vf load(const float* p) {
   vf v;
   std::memcpy(&v, p, 64);
   return v;
 }
 inline void store(float* p, vf v) { std::memcpy(p, &v, 64); }
-
-#ifdef DSPARK_AVX512
 inline vf fma(vf a, vf b, vf c) { return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
 inline vf vmax(vf a, vf b) { return (vf)_mm512_max_ps((__m512)a, (__m512)b); }
 inline vf load(const bf16* p) {
@@ -67,24 +82,37 @@ inline vf load(const bf16* p) {
 inline float hmax(vf v) { return _mm512_reduce_max_ps((__m512)v); }
 inline float hsum(vf v) { return _mm512_reduce_add_ps((__m512)v); }
 #else
-inline vf fma(vf a, vf b, vf c) { return a * b + c; }
-inline vf vmax(vf a, vf b) { return a > b ? a : b; }
-inline vf load(const bf16* p) {
+inline vf load(const float* p) { return vf::at(p); }
+inline void store(float* p, const vf& v) { v.to(p); }
+inline vf fma(const vf& a, const vf& b, const vf& c) { return a * b + c; }
+inline vf vmax(const vf& a, const vf& b) {
   vf v;
-  for (int i = 0; i < LANES; i++) v[i] = widen(p[i]);
+  for (int i = 0; i < vf::PARTS; i++) v.part[i] = a.part[i] > b.part[i] ? a.part[i] : b.part[i];
   return v;
 }
-inline float hmax(vf v) {
-  float m = v[0];
-  for (int i = 1; i < LANES; i++) m = v[i] > m ? v[i] : m;
-  return m;
+typedef uint16_t Halves __attribute__((vector_size(REGISTER_BYTES / 2)));  // the bf16 of one register of floats
+inline vf load(const bf16* p) {
+  vu v;
+  for (int i = 0; i < vu::PARTS; i++) {
+    Halves h;
+    std::memcpy(&h, p + i * vu::PER_PART, sizeof h);
+    v.part[i] = __builtin_convertvector(h, vu::Part) << 16;
+  }
+  return (vf)v;
 }
-inline float hsum(vf v) {
+template <class F>
+inline float folded(const vf& v, F&& f) {
   float s[LANES];
   store(s, v);
   for (int w = LANES / 2; w; w /= 2)
-    for (int i = 0; i < w; i++) s[i] += s[i + w];
+    for (int i = 0; i < w; i++) s[i] = f(s[i], s[i + w]);
   return s[0];
+}
+inline float hmax(const vf& v) {
+  return folded(v, [](float a, float b) { return a > b ? a : b; });
+}
+inline float hsum(const vf& v) {
+  return folded(v, [](float a, float b) { return a + b; });
 }
 #endif
 
@@ -92,8 +120,15 @@ inline void store(bf16* p, vf v) {
 #ifdef DSPARK_DPBF16
   __m256bh h = _mm512_cvtneps_pbh((__m512)v);
   std::memcpy(p, &h, 32);
-#else
+#elif defined(DSPARK_AVX512)
   for (int i = 0; i < LANES; i++) p[i] = narrow<bf16>(v[i]);
+#else
+  const vu u = (vu)v, even = u + 0x7fffu + ((u >> 16) & 1u), nan = (u >> 16) | 0x40u;
+  const vu kept = (vu)select((vi)(u & 0x7fffffffu) > 0x7f800000, (vf)nan, (vf)(even >> 16));
+  for (int i = 0; i < vu::PARTS; i++) {
+    Halves h = __builtin_convertvector(kept.part[i], Halves);
+    std::memcpy(p + i * vu::PER_PART, &h, sizeof h);
+  }
 #endif
 }
 
@@ -161,8 +196,12 @@ inline vf exp_neg(vf x) {
   vi k = (vi)_mm512_cvtps_epi32((__m512)n);
 #else
   vf shifted = c * 1.44269504088896341f - 0.5f;
-  vi k = __builtin_convertvector(shifted, vi);
-  vf n = __builtin_convertvector(k, vf);
+  vi k;
+  vf n;
+  for (int i = 0; i < vf::PARTS; i++) {
+    k.part[i] = __builtin_convertvector(shifted.part[i], vi::Part);
+    n.part[i] = __builtin_convertvector(k.part[i], vf::Part);
+  }
 #endif
   vf r = fma(n, splat(-0.693359375f), c);
   r = fma(n, splat(2.12194440e-4f), r);
@@ -180,7 +219,7 @@ inline vf exp_neg(vf x) {
 // x * sigmoid(x)
 inline vf silu(vf x) {
   vf z = exp_neg((vf)((vi)x | INT32_MIN));
-  vf sigmoid = (x < vf{} ? z : splat(1.0f)) / (1.0f + z);
+  vf sigmoid = select((vi)(x < vf{}), z, splat(1.0f)) / (1.0f + z);
   return x * sigmoid;
 }
 

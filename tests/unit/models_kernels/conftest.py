@@ -1,7 +1,8 @@
-"""Both builds of the kernels: for this CPU, and the generic one that any CPU runs."""
+"""The builds of the kernels: for this CPU, for one without AVX-512, and the generic one that any CPU runs."""
 
 from __future__ import annotations
 
+import platform
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,15 +13,20 @@ import torch
 from dspark_batch.models.kernels.build import build
 from dspark_batch.models.kernels.library import Kernels
 
-GENERIC_FLAGS = ("-DDSPARK_GENERIC", "-mno-avx512f")
+IS_X86 = platform.machine() == "x86_64"
+FLAGS: dict[str, tuple[str, ...]] = {
+    "native": (),
+    **({"avx2": ("-mno-avx512f",)} if torch.cpu._is_avx512_supported() else {}),  # else the native build is the same
+    "generic": ("-DDSPARK_GENERIC", *(("-mno-avx",) if IS_X86 else ())),
+}
 
 
-@pytest.fixture(scope="session", params=["native", "generic"])
+@pytest.fixture(scope="session", params=list(FLAGS))
 def kernels(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Kernels:
     if shutil.which("g++") is None and shutil.which("c++") is None:
         pytest.skip("no C++ compiler")
     folder: Path = tmp_path_factory.getbasetemp().parent / "kernel-cache"
-    return Kernels(build(extra_flags=GENERIC_FLAGS if request.param == "generic" else (), directory=folder))
+    return Kernels(build(extra_flags=FLAGS[request.param], directory=folder))
 
 
 @pytest.fixture(params=[torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
