@@ -27,17 +27,17 @@ struct alignas(64) Wide {
   }
   template <class F>
   explicit Wide(const Wide<F>& other) {  // the same bits
-    _Pragma("GCC unroll 4")
+#pragma GCC unroll 4
     for (int i = 0; i < PARTS; i++) part[i] = (Part)other.part[i];
   }
   static Wide at(const E* p) {  // register by register: a copy of the struct would go through the stack
     Wide v;
-    _Pragma("GCC unroll 4")
+#pragma GCC unroll 4
     for (int i = 0; i < PARTS; i++) std::memcpy(&v.part[i], p + i * PER_PART, REGISTER_BYTES);
     return v;
   }
   void to(E* p) const {
-    _Pragma("GCC unroll 4")
+#pragma GCC unroll 4
     for (int i = 0; i < PARTS; i++) std::memcpy(p + i * PER_PART, &part[i], REGISTER_BYTES);
   }
   E operator[](int i) const { return part[i / PER_PART][i % PER_PART]; }
@@ -77,7 +77,7 @@ struct alignas(64) Wide {
   template <class F>
   Wide each(F&& f) const {
     Wide c;
-    _Pragma("GCC unroll 4")
+#pragma GCC unroll 4
     for (int i = 0; i < PARTS; i++) c.part[i] = f(part[i]);
     return c;
   }
