@@ -10,9 +10,19 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
-from dspark_batch.bench.options import AsJson, ContextTokens, Repeats, Threads, run_module, write_json
+from dspark_batch.bench.options import (
+    AsJson,
+    ContextTokens,
+    Dtype,
+    Repeats,
+    Threads,
+    engine_config,
+    run_module,
+    write_json,
+)
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from dspark_batch.models.kernels.library import Kernels
@@ -48,18 +58,19 @@ class KernelTiming:
 def time_kernels(
     kernels: Kernels,
     *,
+    dtype: torch.dtype,
     context: int = 200,
     repeats: int = 7,
     stream_gb_per_s: float = 20.0,
     shape: LayerShape | None = None,
     shapes: tuple[tuple[int, int], ...] = SHAPES,
 ) -> list[KernelTiming]:
-    """Interleaved medians of ``repeats`` runs in bfloat16 on torch's threads; layers do not share memory."""
+    """Interleaved medians of ``repeats`` runs on torch's threads; layers do not share memory."""
     shape = shape or LayerShape()
     timings = []
     for rows, tokens in shapes:
-        timings += _products(kernels, shape, rows, tokens, repeats, stream_gb_per_s)
-        timings.append(_attention(kernels, shape, rows, tokens, context, repeats, stream_gb_per_s))
+        timings += _products(kernels, shape, dtype, rows, tokens, repeats, stream_gb_per_s)
+        timings.append(_attention(kernels, shape, dtype, rows, tokens, context, repeats, stream_gb_per_s))
     return timings
 
 
@@ -75,7 +86,13 @@ def format_timings(timings: list[KernelTiming]) -> str:
 
 
 def _products(
-    kernels: Kernels, shape: LayerShape, rows: int, tokens: int, repeats: int, stream_gb_per_s: float
+    kernels: Kernels,
+    shape: LayerShape,
+    dtype: torch.dtype,
+    rows: int,
+    tokens: int,
+    repeats: int,
+    stream_gb_per_s: float,
 ) -> list[KernelTiming]:
     import torch
 
@@ -91,11 +108,11 @@ def _products(
     }
     timings = []
     for name, (outputs, inputs) in sizes.items():
-        weights = [torch.randn(outputs, inputs, dtype=torch.bfloat16) for _ in range(shape.num_layers)]
+        weights = [torch.randn(outputs, inputs, dtype=dtype) for _ in range(shape.num_layers)]
         native, plain = [PackedLinear(kernels, w) for w in weights], [Linear(w) for w in weights]
-        x = torch.randn(rows * tokens, inputs, dtype=torch.bfloat16)
+        x = torch.randn(rows * tokens, inputs, dtype=dtype)
         native_ms, torch_ms = _medians(partial(_call_all, native, x), partial(_call_all, plain, x), repeats)
-        num_bytes = 2 * outputs * inputs * shape.num_layers
+        num_bytes = dtype.itemsize * outputs * inputs * shape.num_layers
         timings.append(
             KernelTiming(
                 op=name,
@@ -110,7 +127,14 @@ def _products(
 
 
 def _attention(
-    kernels: Kernels, shape: LayerShape, rows: int, tokens: int, context: int, repeats: int, stream_gb_per_s: float
+    kernels: Kernels,
+    shape: LayerShape,
+    dtype: torch.dtype,
+    rows: int,
+    tokens: int,
+    context: int,
+    repeats: int,
+    stream_gb_per_s: float,
 ) -> KernelTiming:
     import torch
     from torch.nn import functional
@@ -118,13 +142,13 @@ def _attention(
     from dspark_batch.models.kernels.library import AttentionPlan, AttentionShape, attend
 
     dim, q_heads, kv_heads, end = shape.head_dim, shape.num_q_heads, shape.num_kv_heads, context + tokens
-    cache = torch.randn(2, shape.num_layers, kv_heads, rows * end, dim, dtype=torch.bfloat16)
+    cache = torch.randn(2, shape.num_layers, kv_heads, rows * end, dim, dtype=dtype)
     k, v = cache
-    qkv = torch.randn(rows * tokens, (q_heads + 2 * kv_heads) * dim, dtype=torch.bfloat16)
-    out = torch.empty(rows * tokens, q_heads * dim, dtype=torch.bfloat16)
+    qkv = torch.randn(rows * tokens, (q_heads + 2 * kv_heads) * dim, dtype=dtype)
+    out = torch.empty(rows * tokens, q_heads * dim, dtype=dtype)
     cos = sin = torch.rand(end, dim // 2)
     heads = AttentionShape(num_q_heads=q_heads, num_kv_heads=kv_heads, head_dim=dim, cache_tokens=rows * end)
-    packed = torch.randn(rows, kv_heads, q_heads // kv_heads * tokens, dim, dtype=torch.bfloat16)
+    packed = torch.randn(rows, kv_heads, q_heads // kv_heads * tokens, dim, dtype=dtype)
 
     def native() -> None:
         plan = AttentionPlan(kernels, [(tokens, context, row * end, 0, 0) for row in range(rows)], heads)
@@ -166,6 +190,7 @@ def _medians(native: Callable[[], object], plain: Callable[[], object], repeats:
 def command(
     context: ContextTokens = 200,
     repeats: Repeats = 7,
+    dtype: Dtype = "auto",
     threads: Threads = None,
     as_json: AsJson = False,
 ) -> None:
@@ -173,12 +198,14 @@ def command(
     import torch
 
     from dspark_batch.models.kernels.library import load_kernels
+    from dspark_batch.models.loader import resolve_dtype
 
+    chosen = resolve_dtype(engine_config({"dtype": dtype}).dtype, torch.device("cpu"))
     kernels = load_kernels()
     if kernels is None:
         raise SystemExit("the native kernels cannot be had here; the log says why")
     torch.set_num_threads(threads or torch.get_num_threads())
-    timings = time_kernels(kernels, context=context, repeats=repeats)
+    timings = time_kernels(kernels, dtype=chosen, context=context, repeats=repeats)
     sys.stdout.write(format_timings(timings) + "\n")
     if as_json:
         write_json([asdict(timing) for timing in timings])

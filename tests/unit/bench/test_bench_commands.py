@@ -65,7 +65,7 @@ def test_the_kernel_command_gives_every_operation(
     if load_kernels() is None:
         pytest.skip("no native kernels here")
     timings = [kernels.KernelTiming(op="x", num_rows=1, tokens_per_row=1, native_ms=1.0, torch_ms=None, floor_ms=0.5)]
-    monkeypatch.setattr(kernels, "time_kernels", lambda found, *, context, repeats: timings * repeats)
+    monkeypatch.setattr(kernels, "time_kernels", lambda found, *, dtype, context, repeats: timings * repeats)
     assert run_module(kernels.command, ["--repeats", "3", "--json"]) == 0
     assert len(json_line(capsys)) == 3
 
