@@ -20,6 +20,7 @@ from dspark_batch.bench.options import (
     run_module,
     write_json,
 )
+from dspark_batch.errors import ConfigError, Problem
 
 if TYPE_CHECKING:
     import torch
@@ -197,10 +198,12 @@ def command(
     """The native kernels against torch, and against the bytes that they must read."""
     import torch
 
-    from dspark_batch.models.kernels.library import load_kernels
+    from dspark_batch.models.kernels.library import DTYPES, load_kernels
     from dspark_batch.models.loader import resolve_dtype
 
     chosen = resolve_dtype(engine_config({"dtype": dtype}).dtype, torch.device("cpu"))
+    if chosen not in DTYPES:
+        raise ConfigError([Problem("engine.dtype", f"the native kernels do not compute in {dtype}", "command line")])
     kernels = load_kernels()
     if kernels is None:
         raise SystemExit("the native kernels cannot be had here; the log says why")

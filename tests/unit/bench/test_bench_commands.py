@@ -11,7 +11,7 @@ import pytest
 
 from dspark_batch import bench
 from dspark_batch.bench import kernels, memory, shared_prefix
-from dspark_batch.bench.options import engine_config, names, run_module
+from dspark_batch.bench.options import BAD_CONFIG, engine_config, names, run_module
 from dspark_batch.errors import ModelError
 from dspark_batch.models.kernels.library import load_kernels
 from dspark_batch.testing.tiny import save_tiny_checkpoint
@@ -68,6 +68,11 @@ def test_the_kernel_command_gives_every_operation(
     monkeypatch.setattr(kernels, "time_kernels", lambda found, *, dtype, context, repeats: timings * repeats)
     assert run_module(kernels.command, ["--repeats", "3", "--json"]) == 0
     assert len(json_line(capsys)) == 3
+
+
+def test_the_kernel_command_refuses_a_dtype_that_the_kernels_lack(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_module(kernels.command, ["--dtype", "float16"]) == BAD_CONFIG
+    assert "do not compute in float16" in capsys.readouterr().err
 
 
 def test_names_are_separated_by_commas() -> None:
