@@ -66,13 +66,13 @@ struct Micro {
   typedef vf Sums[M][2 * TILES];
 
   template <int FETCH>
-  inline void add(int64_t c0, int64_t c1, int first, const char* ahead, Part& acc) const {
+  inline void add(int64_t c0, int64_t c1, int first, const char* lines, Part& acc) const {
     for (int64_t c = c0; c < c1; c++) {
       vf wide[COLUMNS];
 #pragma GCC unroll 8
       for (int j = 0; j < COLUMNS; j++)
         wide[j] = load(w + ((first + j) / 2 * cells + c) * TILE_N + (first + j) % 2 * LANES);
-      for (int j = 0; j < FETCH; j++) __builtin_prefetch(ahead + (c * FETCH + j) * 64, 0, 2);
+      for (int j = 0; j < FETCH; j++) __builtin_prefetch(lines + (c * FETCH + j) * 64, 0, 2);
 #pragma GCC unroll 8
       for (int i = 0; i < M; i++) {
         vf a = broadcast_cell(x + i * ldx + c * per_cell<T>);
@@ -85,28 +85,26 @@ struct Micro {
   // float32 is summed in runs of RUN_CELLS, the runs one after another: the rounding error of a long sum falls several
   // times. In bfloat16 the inputs' own rounding is far larger.
   template <int FETCH>
-  inline void run_part(int first, const char* ahead, Part& acc) const {
-    for (auto& row : acc)
-      for (vf& a : row) a = vf{};
+  inline void run_columns(int first, const char* lines, Sums& acc) const {
     const int64_t run = sizeof(T) == 2 ? cells : RUN_CELLS;
     for (int64_t c = 0; c < cells; c += run) {
       Part part = {};
-      add<FETCH>(c, c + run < cells ? c + run : cells, first, ahead, part);
+      add<FETCH>(c, c + run < cells ? c + run : cells, first, lines, part);
       for (int i = 0; i < M; i++)
-        for (int j = 0; j < COLUMNS; j++) acc[i][j] += part[i][j];
+        for (int j = 0; j < COLUMNS; j++) acc[i][first + j] += part[i][j];
     }
   }
 
+  // The lines to fetch are spread over the passes.
   template <int FETCH>
   inline void run(Sums& acc) const {
-    if constexpr (COLUMNS == 2 * TILES) return run_part<FETCH>(0, ahead, acc);
     constexpr int PASSES = 2 * TILES / COLUMNS, EACH = FETCH > PASSES ? FETCH / PASSES : FETCH ? 1 : 0;
+    for (auto& row : acc)
+      for (vf& a : row) a = vf{};
+#pragma GCC unroll 4
     for (int pass = 0; pass < PASSES; pass++) {
-      Part part;
-      if (pass * EACH < FETCH) run_part<EACH>(pass * COLUMNS, ahead + pass * EACH * cells * 64, part);
-      else run_part<0>(pass * COLUMNS, nullptr, part);
-      for (int i = 0; i < M; i++)
-        for (int j = 0; j < COLUMNS; j++) acc[i][pass * COLUMNS + j] = part[i][j];
+      if (pass * EACH < FETCH) run_columns<EACH>(pass * COLUMNS, ahead + pass * EACH * cells * 64, acc);
+      else run_columns<0>(pass * COLUMNS, nullptr, acc);
     }
   }
 };

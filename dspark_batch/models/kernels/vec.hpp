@@ -32,7 +32,7 @@ constexpr int REGISTER_BYTES = 64;
 typedef Wide<float> vf;
 typedef Wide<int32_t> vi;
 typedef Wide<uint32_t> vu;
-constexpr int SUMS = 6;
+constexpr int SUMS = 6;  // twelve registers of AVX, of sixteen
 #endif
 
 constexpr int LANES = 16;
