@@ -28,12 +28,13 @@ from dspark_batch.scheduling.lengths import (
     row_seconds,
     rows_worth_drafting,
 )
-from dspark_batch.scheduling.planner import Admitted, LaggedBudgets, admit, admit_early_stop
+from dspark_batch.scheduling.planner import LaggedBudgets, admit, admit_early_stop
 from dspark_batch.scheduling.policies import RoundLoad, RoundOutcome, is_one_hot
 from dspark_batch.scheduling.prices import Prices
 from dspark_batch.scheduling.shadow import ShadowLabels, labels_of_round
-from dspark_batch.scheduling.standing import CLEAR_SAVING, LEAST_GAIN_OF_A_CUT, Cuts, Pace, StandingPlan
+from dspark_batch.scheduling.standing import FullDrafts, Pace, PlainRounds, StandingPlan, rounds_to_stand
 from dspark_batch.scheduling.survival import FEW_TOKENS, FlatDraft, SurvivalModel
+from dspark_batch.scheduling.worth import RowWorth
 from dspark_batch.tensors import DraftBlock, VerifyPlan
 
 logger = logging.getLogger(__name__)
@@ -41,6 +42,8 @@ logger = logging.getLogger(__name__)
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 CausalRule = Literal["early_stop", "lagged"]
+Kind = tuple[int, bool]
+"""What is judged together: the octave of rows, and whether some rows may be worth more than others."""
 
 _PROBED_SHARE = 8
 _HARDLY_DEARER = 1.5
@@ -49,10 +52,6 @@ _PROMISING = 0.02
 _SHORT_DRAFT_TOKENS = 4
 _YOUNG_LABELS = 512
 _FEWEST_LABELS = 16
-_PLAIN_EVERY_IN_DOUBT = 8
-_PLAIN_EVERY = 64
-_PLAIN_EVERY_IF_CLEAR = 512
-"""Rounds after which one plain round is run if none was, so that the cost of plain decoding stays known."""
 
 
 @dataclass(slots=True, eq=False)
@@ -95,28 +94,28 @@ class AutoLength:
             logger.warning("schedule auto has no cost table for this target: every draft is made and verified in full")
         self._max_draft_tokens = max_draft_tokens
         self._may_use_draft = may_use_draft
-        self._causal_rule = causal_rule
         self.cost = cost
         self.draft_cost = draft_cost or DraftCost()
         self._prices = Prices(cost, self.draft_cost)
         self._model = SurvivalModel(max_draft_tokens, expected_survival)
-        self._gates: dict[int, Gate] = {}
-        self._budgets = LaggedBudgets()
-        self._cuts = Cuts()
+        self._gates: dict[Kind, Gate] = {}
+        self._worth = RowWorth()
+        self._admit_causally = admit_early_stop if causal_rule == "early_stop" else LaggedBudgets().admit
+        self._full_drafts = FullDrafts()
         self._exploration = Exploration()
         self._round: _Round | None = None
         self._shadows = ShadowLabels(self._model)
         self._sees_tokens = True
         self._num_probes = 0
-        self._num_rounds = 0
-        self._plain_seen: dict[int, int] = {}
+        self._plain_rounds = PlainRounds()
         self._handles: Sequence[int] = ()
         self._num_finished = 0
-        self._rounds_drafted_in_a_row = 0
+        self._plans: dict[tuple[Kind, bool], StandingPlan] = {}
         self._standing: StandingPlan | None = None
-        self._stands = False
         self._pace = Pace()
         self._asked_rows = AskedRows()
+        self._kind: Kind = (0, False)
+        self._row_worth: Floats | None = None
         self._reason = PlanReason.OFF
 
     @property
@@ -124,22 +123,20 @@ class AutoLength:
         return self._reason
 
     def draft_lengths(self, load: RoundLoad) -> Sequence[int]:
-        gate = self._gates.get(len(load.handles).bit_length())
+        self._round = self._standing = None
+        self._kind = len(load.handles).bit_length(), self._worth.differs(load)
+        gate = self._gates.get(self._kind)
         if gate is not None and load.handles == self._handles and gate.rests():
-            self._round, self._reason = None, PlanReason.PAUSED
+            self._reason = PlanReason.PAUSED
             return [0] * len(load.handles)
         if not any(load.limits):
-            self._round, self._reason, self._stands = None, PlanReason.AT_LIMIT, False
+            self._reason = PlanReason.AT_LIMIT
             return [0] * len(load.handles)
-        standing = self._standing.lengths(load.handles, load.limits) if self._standing is not None else None
-        self._stands = standing is not None
-        if standing is not None:
-            self._round, self._reason = None, PlanReason.STANDING
+        if gate is not None and (standing := self._standing_lengths(load, gate)) is not None:
+            self._reason = PlanReason.STANDING
             return standing
-        self._end_standing()
         limits = np.minimum(np.array(load.limits, np.int64), self._max_draft_tokens)
         lengths = self._choose_lengths(load, limits)
-        self._round = None
         if lengths.any():
             is_probe = self._reason is PlanReason.EXPLORE
             is_young = is_probe or not self._model.has_signal or self._model.num_labels < _YOUNG_LABELS
@@ -148,9 +145,9 @@ class AutoLength:
         return chosen
 
     def verify_plan(self, load: RoundLoad, draft: DraftBlock) -> VerifyPlan:
-        if self._stands:
-            assert self._standing is not None, "set by the round that left it"
-            return VerifyPlan(verify_len=self._model.lengths_above(draft, self._standing.price))
+        if self._standing is not None:
+            prices = self._standing.prices(load.handles)
+            return VerifyPlan(verify_len=self._model.lengths_above(draft, prices))
         current = self._round
         assert current is not None, "a plan without draft lengths"
         flat = FlatDraft.of(draft)
@@ -168,7 +165,7 @@ class AutoLength:
             return VerifyPlan(verify_len=flat.offered.tolist())
         if current.is_probe and not current.may_follow:
             return VerifyPlan(verify_len=flat.offered.tolist())
-        survival = self._model.of_draft(load.handles, flat)
+        survival = self._survival(load, flat)
         if current.is_probe:
             if self._model.num_labels < _FEWEST_LABELS:
                 return VerifyPlan(verify_len=[0] * len(flat.offered))
@@ -183,59 +180,69 @@ class AutoLength:
         current, self._round = self._round, None
         if self.cost is None:
             return
-        self._num_rounds += 1
         self._sees_tokens = outcome.emitted is not None
         self._shadows.follow(load.handles, outcome.emitted)
-        if self._stands:
-            assert self._standing is not None, "set by the round that left it"
-            self._standing.note(outcome)
-            self._stands = False
+        self._worth.observe(load, outcome)
+        if self._standing is not None:
+            self._standing.note(load, outcome)
             self._pace.skip()
-            self._rounds_drafted_in_a_row += 1
+            self._plain_rounds.note_drafted()
             return
         num_rows = len(load.handles)
-        if outcome.num_step_tokens == num_rows:
-            self._plain_seen[num_rows.bit_length()] = self._num_rounds
         is_lesson = current.is_lesson if current is not None else self._pace.is_lesson(is_young=False)
         is_lesson |= self._reason is PlanReason.PLAIN_STEP or not self.cost.is_trusted(
             outcome.num_step_tokens, num_rows=num_rows
         )
-        if is_lesson and 2 * outcome.num_prefill_tokens <= outcome.num_step_tokens:
+        if is_lesson and not outcome.is_mostly_prompt:
             # Prompt tokens need no logits: a step that is mostly prompt would look too cheap for its size.
             self.cost.observe(
                 outcome.num_step_tokens, outcome.step_s, num_rows=num_rows, context_tokens=load.context_tokens
             )
         if current is None or current.flat is None:
-            self._rounds_drafted_in_a_row = 0
+            self._plain_rounds.note_plain(num_rows, is_alone=not outcome.num_prefill_tokens)
             return
         num_drafting = int(np.count_nonzero(current.asked))
         self.draft_cost.observe(num_drafting, int(current.asked.max()), outcome.draft_s)
-        gate = self._gates[num_rows.bit_length()]
+        gate = self._gates[self._kind]
         if current.is_probe:
             plain_s = self._prices.plain_s(load)
             self._learn_from_probe(load, current, outcome)
             gate.observe_probe(current.promise, num_rows=num_drafting, cost_share=outcome.draft_s / plain_s)
             return
-        self._rounds_drafted_in_a_row += 1
+        self._plain_rounds.note_drafted()
         assert current.draft is not None, "set by verify_plan"
         if current.is_lesson:
             labels = labels_of_round(current.draft, current.flat, outcome, may_follow=current.may_follow)
             self._model.observe(load.handles, current.flat, *labels)
-        gate.observe(self._prices.saved(load, current.asked, outcome), num_rows=num_rows)
+        gate.observe(self._prices.saved(load, current.asked, outcome, self._row_worth), num_rows=num_rows)
         is_small = num_rows * self._max_draft_tokens <= FEW_TOKENS
-        if is_small and gate.pays and current.price is not None and self._model.num_labels >= _YOUNG_LABELS:
+        if is_small and gate.pays and current.price is not None and self._model.num_labels >= _FEWEST_LABELS:
             asked: list[int] = current.asked.tolist()
-            most, plain_s = self._max_draft_tokens, self._prices.plain_s(load)
-            self._standing = StandingPlan.of_round(
-                load, asked, most=most, price=current.price, plain_s=plain_s, saving=gate.saved
+            self._plans[self._kind, load.num_prefill_tokens > 0] = StandingPlan.of_round(
+                load,
+                asked,
+                most=self._max_draft_tokens,
+                price=current.price,
+                plain_s=self._prices.plain_s(load),
+                num_rounds=rounds_to_stand(saving=gate.saved, num_rounds=gate.num_rounds),
+                worth=self._row_worth,
             )
 
-    def _end_standing(self) -> None:
-        """Its rounds count for the gate like one round that saved their mean."""
-        plan, self._standing = self._standing, None
-        if plan is not None and plan.num_seen:
-            gate = self._gates[plan.num_rows.bit_length()]
+    def _standing_lengths(self, load: RoundLoad, gate: Gate) -> list[int] | None:
+        """[R] lengths of the plan that stands for rounds like this one. Where it has come to its end, its rounds count
+        for the gate like one round that saved their mean."""
+        kind = self._kind, load.num_prefill_tokens > 0
+        plan = self._plans.get(kind)
+        if plan is None:
+            return None
+        lengths = plan.lengths(load) if gate.is_open else None
+        if lengths is not None:
+            self._standing = plan
+            return lengths
+        del self._plans[kind]
+        if gate.is_open and plan.num_seen:
             gate.observe(plan.saved / plan.num_seen, num_rows=plan.num_rows, num_rounds=plan.num_seen)
+        return None
 
     def _choose_lengths(self, load: RoundLoad, limits: Ints) -> Ints:
         """[R] lengths to ask for; sets the reason."""
@@ -245,12 +252,17 @@ class AutoLength:
             return limits
         self._note_finished(load)
         num_rows = len(limits)
+        self._row_worth = None
+        if self._worth.differs(load):
+            one_s, all_s = self._prices.one_s(load), self._prices.plain_s(load)
+            self._row_worth = self._worth.of_rows(load, one_s=one_s, all_s=all_s)
         gate = self._gate(load, limits)
         if not gate.is_open:
             is_due = gate.is_probe_due()
             self._reason = PlanReason.EXPLORE if is_due else PlanReason.PAUSED
             return self._probe_lengths(load, limits) if is_due else nothing
-        if self._is_time_for_a_plain_round(gate, num_rows):
+        is_trusted = self.cost.is_trusted(num_rows, num_rows=num_rows)
+        if not load.num_prefill_tokens and self._plain_rounds.is_due(gate, num_rows, is_trusted=is_trusted):
             self._reason = PlanReason.PLAIN_STEP
             return nothing
         lengths = self._lengths_to_ask(load, limits)
@@ -276,7 +288,7 @@ class AutoLength:
                 count = num_rows
         chosen = np.roll(able, -(self._num_probes * count) % len(able))[:count]
         self._num_probes += 1
-        if self._gates[num_rows.bit_length()].is_stale:
+        if self._gates[self._kind].is_stale:
             self._model.age()
         lengths = np.zeros_like(limits)
         lengths[chosen] = limits[chosen]
@@ -297,14 +309,24 @@ class AutoLength:
         if not self._model.has_signal or is_by_token:
             lengths, _ = self._best_lengths(load, limits)
             return np.minimum(limits, lengths.max(initial=0)) if self._model.has_signal else lengths
-        survival = self._model.history.survival(load.handles, self._max_draft_tokens)
-        worth = rows_worth_drafting(survival, plain_s=plain_s, row_s=row_s)
+        token_s = self._prices.token_s(load, num_rows * self._max_draft_tokens)
+        worth = rows_worth_drafting(self._expected(load), plain_s=plain_s, row_s=row_s, token_s=token_s)
         return limits * self._asked_rows.choose(load.handles, worth)
+
+    def _expected(self, load: RoundLoad) -> Floats:
+        """[R, K] chance that drafts will hold up to each position, times the worth of the row's tokens."""
+        survival = self._model.history.survival(load.handles, self._max_draft_tokens)
+        return survival if self._row_worth is None else survival * self._row_worth[:, None]
+
+    def _survival(self, load: RoundLoad, flat: FlatDraft) -> Floats:
+        """[N] chance of each drafted token, times its worth."""
+        survival = self._model.of_draft(load.handles, flat)
+        return survival if self._row_worth is None else survival * self._row_worth[flat.row]
 
     def _best_lengths(self, load: RoundLoad, limits: Ints) -> tuple[Ints, float]:
         return best_lengths(
             limits,
-            self._model.history.survival(load.handles, self._max_draft_tokens),
+            self._expected(load),
             offered=self._model.history.offer_rates(),
             step_seconds=self._prices.step_seconds(load),
             plain_s=self._prices.plain_s(load),
@@ -315,11 +337,13 @@ class AutoLength:
         assert current.flat is not None, "set by verify_plan"
         flat, num_rows = current.flat, len(load.handles)
         draft_s = self.draft_cost.seconds(int(np.count_nonzero(current.asked)), int(current.asked.max()))
-        admitted = self._admit(load, survival, draft_s, is_legal=is_legal or flat.features is None)
+        rule = admit if is_legal or flat.features is None else self._admit_causally
+        step_seconds = self._prices.step_seconds(load)
+        admitted = rule(survival, num_rows=num_rows, step_seconds=step_seconds, draft_s=draft_s)
         lengths: Ints = np.bincount(flat.row[admitted.mask], minlength=num_rows)
         if is_legal and flat.features is not None:
-            current.price = admitted.price if self._cuts.pay(num_rows, admitted.gain) else 0.0
-            if current.is_lesson and not current.is_probe and self._cuts.is_due_in_full(admitted.gain):
+            current.price = admitted.price
+            if current.is_lesson and not current.is_probe and self._full_drafts.are_due(admitted.gain):
                 lengths = flat.offered
         elif admitted.mask.all() and all(current.asked >= np.minimum(load.limits, self._max_draft_tokens)):
             current.price = 0.0
@@ -328,21 +352,6 @@ class AutoLength:
             if explored is not None:
                 lengths[explored] = flat.offered[explored]
         return lengths
-
-    def _admit(self, load: RoundLoad, survival: Floats, draft_s: float, *, is_legal: bool) -> Admitted:
-        num_rows = len(load.handles)
-        step_seconds = self._prices.step_seconds(load)
-        if is_legal:
-            return admit(
-                survival,
-                num_rows=num_rows,
-                step_seconds=step_seconds,
-                draft_s=draft_s,
-                least_gain=LEAST_GAIN_OF_A_CUT,
-            )
-        if self._causal_rule == "early_stop":
-            return admit_early_stop(survival, num_rows=num_rows, step_seconds=step_seconds, draft_s=draft_s)
-        return self._budgets.admit(survival, num_rows=num_rows, step_seconds=step_seconds, draft_s=draft_s)
 
     def _learn_from_probe(self, load: RoundLoad, current: _Round, outcome: RoundOutcome) -> None:
         assert current.flat is not None, "set by verify_plan"
@@ -353,7 +362,7 @@ class AutoLength:
         labels = labels_of_round(current.draft, current.flat, outcome, may_follow=False)
         self._model.observe(load.handles, current.flat, *labels)
         if len(current.flat.row):
-            survival = self._model.of_draft(load.handles, current.flat)
+            survival = self._survival(load, current.flat)
             current.promise = self._prices.promise(load, current.asked, survival)
 
     def _gate(self, load: RoundLoad, limits: Ints) -> Gate:
@@ -361,8 +370,7 @@ class AutoLength:
         what is known of the job or of the drafter promises a gain, or where a short draft for every row takes next to
         nothing."""
         num_rows = len(limits)
-        octave = num_rows.bit_length()
-        if octave not in self._gates:
+        if self._kind not in self._gates:
             if self._model.num_labels >= _FEWEST_LABELS:
                 whole = np.full_like(limits, self._max_draft_tokens)  # rows near their end say nothing of others
                 is_open = self._best_lengths(load, whole)[1] > 1.0 + _PROMISING
@@ -371,8 +379,8 @@ class AutoLength:
                 plain_s, drafted_s = self._prices.step_seconds(load)(short).tolist()
                 drafted_s += self.draft_cost.seconds(num_rows, self._max_draft_tokens)
                 is_open = drafted_s < _CHEAP_ROUND * plain_s
-            self._gates[octave] = Gate(is_open=is_open)
-        return self._gates[octave]
+            self._gates[self._kind] = Gate(is_open=is_open)
+        return self._gates[self._kind]
 
     def _note_finished(self, load: RoundLoad) -> None:
         """Finished rows teach some drafters: whenever their number has doubled, drafting is tried again."""
@@ -381,20 +389,9 @@ class AutoLength:
         gone = len(set(self._handles).difference(load.handles))
         self._handles = load.handles
         if gone:
+            self._worth.note_finished(gone)
             self._model.history.keep_only(load.handles)
             if (self._num_finished + gone).bit_length() > self._num_finished.bit_length():
                 for gate in self._gates.values():
                     gate.hurry()
             self._num_finished += gone
-
-    def _is_time_for_a_plain_round(self, gate: Gate, num_rows: int) -> bool:
-        """Only drafted rounds would leave the cost of plain decoding to the table."""
-        assert self.cost is not None, "nothing is planned without costs"
-        wait = _PLAIN_EVERY_IF_CLEAR if gate.pays and gate.saved > CLEAR_SAVING else _PLAIN_EVERY
-        if not self.cost.is_trusted(num_rows, num_rows=num_rows):
-            wait = _PLAIN_EVERY_IN_DOUBT
-        if self._rounds_drafted_in_a_row < wait:
-            return False
-        self._rounds_drafted_in_a_row = 0
-        seen = self._plain_seen.get(num_rows.bit_length())
-        return seen is None or self._num_rounds - seen >= wait

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import sqrt
 
-_SHORTEST_PAUSE = 4
+_SHORTEST_PAUSE = 2
 _LONGEST_PAUSE = 64
 _EXPLORATION_SHARE = 0.005
 """Of the time of plain decoding, spent on drafts of a closed gate, once the first credit is spent."""
@@ -18,9 +18,11 @@ _MOST_PROBES = 16
 _PROBED_ROWS_TO_JUDGE = 16
 _PROBE_MEMORY = 4
 _PROMISING = 0.02
+_MUCH = 0.2
 _CLEAR = 0.05
 _ROW_ROUNDS_TO_JUDGE = 16
 _FEWEST_ROUNDS = 6
+_ROUNDS_TO_RELY_ON = 2
 _ROW_ROUNDS_REMEMBERED = 288
 _MOST_LOST = 4.0
 _MOST_SAVED = 16.0
@@ -36,7 +38,7 @@ class Gate:
 
     Closed, every pause ends with a probe: a draft of which only what surely pays is verified. Pauses double while
     probes of enough rows promise nothing, and are never so short that probes take more than a small share of the time,
-    but for a credit at first.
+    but for a credit at first, and while little is known or much is promised.
     Promising probes open the gate; each time that it had to be closed again more of them are asked for.
 
     saved, variance: running, over the drafted rounds since it was opened. balance: their sum, within bounds. promise:
@@ -64,7 +66,7 @@ class Gate:
     @property
     def pays(self) -> bool:
         """Whether drafting was seen to save so much that not every round has to be judged."""
-        return self.is_open and self.saved > _CLEAR and self.num_rounds >= _FEWEST_ROUNDS
+        return self.is_open and self.saved > _CLEAR and self.num_rounds >= _ROUNDS_TO_RELY_ON
 
     def rests(self) -> bool:
         """Whether the gate is closed and its pause takes this round; call at most once for a round."""
@@ -81,12 +83,13 @@ class Gate:
     def observe_probe(self, promise: float | None, *, num_rows: int, cost_share: float) -> None:
         """promise: what drafting for all rows would save, None where too little is known yet. num_rows: that were
         probed. cost_share: what the probe took, in plain steps."""
+        is_urgent = promise is None
         if promise is not None:
             self.num_probes += 1
             self.num_probed_rows += num_rows
             memory = max(_PROBE_MEMORY, _PROBED_ROWS_TO_JUDGE // num_rows)
             self.promise += (promise - self.promise) / min(self.num_probes, memory)
-            is_promising = self.promise > _PROMISING
+            is_promising, is_urgent = self.promise > _PROMISING, self.promise > _MUCH
             if is_promising and self.num_probes >= self.probes_needed:
                 self.is_open = True
                 self.saved = self.variance = self.balance = 0.0
@@ -97,7 +100,8 @@ class Gate:
             elif self.num_probed_rows >= _PROBED_ROWS_TO_JUDGE:
                 self.pause = min(2 * self.pause, _LONGEST_PAUSE)
         self.credit -= cost_share
-        affordable = 0 if self.credit > 0 else int(cost_share / _EXPLORATION_SHARE)
+        # The first labels come soon, and after a few promising probes the gate opens, or they promise nothing any more.
+        affordable = 0 if self.credit > 0 or is_urgent else int(cost_share / _EXPLORATION_SHARE)
         wait = 1 if promise is None else self.pause
         self.num_left = min(max(wait, affordable), 4 * _LONGEST_PAUSE)
 

@@ -74,13 +74,14 @@ def row_seconds(draft_cost: DraftCost, *, num_rows: int, longest: int) -> float:
     return (draft_cost.seconds(num_rows, longest) - draft_cost.seconds(half, longest)) / (num_rows - half)
 
 
-def rows_worth_drafting(survival: Floats, *, plain_s: float, row_s: float) -> Bools:
+def rows_worth_drafting(survival: Floats, *, plain_s: float, row_s: float, token_s: float) -> Bools:
     """[R] whether a row's expected accepted tokens are worth the ``row_s`` seconds that it adds to the draft.
 
-    survival: [R, K]. A token is worth what it takes to decode it plainly. Verification is not counted: the draft will
-    be trimmed.
+    survival: [R, K], times the worth of the row's tokens. A token is worth what it takes to decode it plainly, less the
+    ``token_s`` seconds of its verification.
     """
-    worth: Bools = survival.sum(1) * plain_s / len(survival) > row_s
+    gains = np.maximum(0.0, survival * plain_s / len(survival) - token_s).sum(1)
+    worth: Bools = gains > row_s
     return worth
 
 

@@ -32,7 +32,7 @@ _SHARED_PRIOR_WEIGHT = 1.0
 _OWN_PRIOR_WEIGHT = 8.0
 _FEWEST_PER_FIT = 24
 _MOST_PER_FIT = 256
-_GROWTH_PER_FIT = 0.05
+_GROWTH_PER_FIT = 0.5
 _NEWTON_STEPS = 8
 _LARGEST_STEP = 1.5
 _SMALLEST_STEP = 1e-3
@@ -42,7 +42,7 @@ _MAX_LOGIT = 30.0
 _PRIORS = {
     (True, False): (-0.3, 1.0),
     (False, True): (-0.8, 1.4, 0.0),
-    (True, True): (-0.8, 0.5, 0.7, 0.0, 0.5, 0.5),
+    (True, True): (-1.2, 0.6, 1.2, 0.4, 0.5, 0.5),
 }
 """Weights of the features before anything was seen, by has_confidence and has_margin. Until it is checked, a drafter's
 word counts for a little less than it says."""

@@ -41,20 +41,17 @@ def admit(
     step_seconds: StepSeconds,
     draft_s: float,
     offered: Floats | None = None,
-    least_gain: float = 0.0,
 ) -> Admitted:
     """The set of tokens with the best rate (num_rows + their survivals) / (draft_s + step_seconds(number of them)).
 
     survival: [N], within a row nonincreasing and in draft order; of equal survivals the earlier is taken first, so that
     the set is a prefix of every row's draft. offered: [N] how much each token counts: the chance that it will exist at
     all, where the draft is yet to be made, or how many rows it stands for. Every subset size is tried (the cost may
-    have steps), so the choice depends on all tokens: not for sampled drafts under rejection. least_gain: the share by
-    which the rate must rise for tokens to be left out at all.
+    have steps), so the choice depends on all tokens: not for sampled drafts under rejection.
     """
     ranked = _rank(survival, offered, num_rows=num_rows)
     rates = ranked.rates(step_seconds=step_seconds, draft_s=draft_s)
-    best = int(rates.argmax())
-    return ranked.take(len(survival) if rates[best] <= (1.0 + least_gain) * rates[-1] else best, rates)
+    return ranked.take(int(rates.argmax()), rates)
 
 
 def admit_early_stop(survival: Floats, *, num_rows: int, step_seconds: StepSeconds, draft_s: float) -> Admitted:

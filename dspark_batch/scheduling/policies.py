@@ -43,6 +43,11 @@ class RoundOutcome:
     step_s: float
     emitted: Sequence[Sequence[int]] | None = None
 
+    @property
+    def is_mostly_prompt(self) -> bool:
+        """Whether the time of the step says little about decoding."""
+        return 2 * self.num_prefill_tokens > self.num_step_tokens
+
 
 class LengthPolicy(Protocol):
     """Chooses how many tokens to draft for each row, then how many of them to verify."""

@@ -25,6 +25,15 @@ class Prices:
         num_rows = len(load.handles)
         return self._cost.at([num_rows], num_rows=num_rows, context_tokens=load.context_tokens)[0]
 
+    def one_s(self, load: RoundLoad) -> float:
+        """Seconds of a step that decodes one such row plainly."""
+        return self._cost.at([1], num_rows=1, context_tokens=load.context_tokens)[0]
+
+    def token_s(self, load: RoundLoad, num_extra: int) -> float:
+        """Seconds that one of so many drafted tokens adds to the step, on average."""
+        low_s, high_s = self.step_seconds(load)(np.array([0.0, num_extra])).tolist()
+        return float(high_s - low_s) / num_extra
+
     def step_seconds(self, load: RoundLoad) -> StepSeconds:
         """Seconds of the round's step by the number of drafted tokens in it."""
         cost, num_rows, context_tokens = self._cost, len(load.handles), load.context_tokens
@@ -42,7 +51,8 @@ class Prices:
         return step_seconds
 
     def promise(self, load: RoundLoad, asked: Ints, survival: Floats) -> float:
-        """What drafting would save, in plain steps, if all rows drafted as those that were asked did."""
+        """What drafting would save, in plain steps, if all rows drafted as those that were asked did. survival: [N] of
+        their tokens, times their worth."""
         num_rows = len(load.handles)
         stands_for = num_rows / int(np.count_nonzero(asked))
         draft_s = self._draft_cost.seconds(num_rows, int(asked.max()))
@@ -57,19 +67,22 @@ class Prices:
         before_s, after_s = step_seconds(np.array([0.0, admitted.num_tokens])).tolist()
         return float(admitted.num_accepted / num_rows - (after_s - before_s + draft_s) / before_s)
 
-    def saved(self, load: RoundLoad, asked: Ints, outcome: RoundOutcome) -> float:
-        """The share of a plain step that a round saved: its accepted tokens' worth, less the extra time."""
+    def saved(self, load: RoundLoad, asked: Ints, outcome: RoundOutcome, worth: Floats | None) -> float:
+        """The share of a plain step that a round saved: its accepted tokens' worth, less the extra time. worth: [R] of
+        a token of each row; None where all are alike."""
         num_rows = len(load.handles)
         num_extra = sum(outcome.num_verified)
         base = outcome.num_step_tokens - num_extra
         plain_s, before_s, after_s = self._cost.at(
             [num_rows, base, base + num_extra], num_rows=num_rows, context_tokens=load.context_tokens
         )
-        # The step's own time, so that a wrong curve cannot keep drafting up; within bounds, against hiccups.
-        took_s = min(max(outcome.step_s, 0.5 * after_s), 2.0 * after_s) if num_extra else after_s
+        # The step's own time, so that a wrong curve cannot keep drafting up; within bounds, against hiccups. Beside
+        # many prompt tokens drafted ones are lost in its noise.
+        is_telling = num_extra and not outcome.is_mostly_prompt
+        took_s = min(max(outcome.step_s, 0.5 * after_s), 2.0 * after_s) if is_telling else after_s
         drafted_s = self._draft_cost.seconds(int(np.count_nonzero(asked)), int(asked.max()))
-        gained = sum(outcome.num_accepted) / num_rows
-        return float(gained - (took_s - before_s + drafted_s) / plain_s)
+        gained = sum(outcome.num_accepted) if worth is None else float(worth @ outcome.num_accepted)
+        return float(gained / num_rows - (took_s - before_s + drafted_s) / plain_s)
 
     @property
     def _cost(self) -> StepCost:

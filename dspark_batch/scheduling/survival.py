@@ -89,14 +89,13 @@ class SurvivalModel:
         chances = self._curves.chances(flat.features, flat.position)
         return running_product(chances, flat.offered)
 
-    def lengths_above(self, draft: DraftBlock, least_survival: float) -> list[int]:
-        """[R] tokens of each row that stand with at least this chance, by :meth:`of_draft`; all where the drafter
-        says nothing."""
-        is_silent = self._curves is None or (draft.confidence is None and draft.margin is None)
-        if is_silent or least_survival <= 0.0:
+    def lengths_above(self, draft: DraftBlock, least_survival: Sequence[float]) -> list[int]:
+        """[R] tokens of each row that stand with at least its chance in ``least_survival``, by :meth:`of_draft`; all
+        where the drafter says nothing."""
+        if self._curves is None or (draft.confidence is None and draft.margin is None):
             return list(map(len, draft.token_ids))
-        assert self._curves is not None, "what speaks has curves"
-        return [self._curves.num_above(of_row, least_survival) for of_row in _features_by_row(draft)]
+        rows = zip(_features_by_row(draft), least_survival, strict=True)
+        return [self._curves.num_above(of_row, least) for of_row, least in rows]
 
     def age(self) -> None:
         """Trust what was counted half as much: things may have changed."""

@@ -61,13 +61,20 @@ class ScheduleWorld:
     def plain_rate(self) -> float:
         return self.num_rows / self.step_s(self.num_rows, self.num_rows)
 
-    def play(self, handles: Sequence[int], *, num_queued: int = 0, limits: Sequence[int] | None = None) -> list[int]:
-        """One round; the number of tokens that each row emitted."""
+    def play(
+        self,
+        handles: Sequence[int],
+        *,
+        num_queued: int = 0,
+        limits: Sequence[int] | None = None,
+        num_prefill_tokens: int = 0,
+    ) -> list[int]:
+        """One round, with so many prompt tokens in its step; the number of tokens that each row emitted."""
         rows = list(handles)
         load = RoundLoad(
             handles=rows,
             limits=[30] * len(rows) if limits is None else limits,
-            num_prefill_tokens=0,
+            num_prefill_tokens=num_prefill_tokens,
             num_queued=num_queued,
             context_tokens=self.context_tokens,
         )
@@ -82,11 +89,12 @@ class ScheduleWorld:
             assert all(0 <= v <= len(d) for v, d in zip(verify, drafts, strict=True))
         accepted = [_num_right(draft[:v]) for draft, v in zip(drafts, verify, strict=True)]
         emitted = [self._advance(handle, held + 1) for handle, held in zip(rows, accepted, strict=True)]
-        num_tokens = len(rows) + sum(verify)
+        num_tokens = len(rows) + sum(verify) + num_prefill_tokens
         true_s = self.step_s(num_tokens, len(rows))
         told_s = true_s * self.rng.uniform(1 - self.noise, 1 + self.noise)
         shown = emitted if self.shows_tokens else None
-        self.policy.observe(load, RoundOutcome(verify, accepted, num_tokens, 0, draft_s, told_s, shown))
+        outcome = RoundOutcome(verify, accepted, num_tokens, num_prefill_tokens, draft_s, told_s, shown)
+        self.policy.observe(load, outcome)
         self.num_emitted += sum(map(len, emitted))
         self.seconds += draft_s + true_s
         self.asked.append(sum(lengths))

@@ -14,6 +14,7 @@ from dspark_batch.metrics import PlanReason
 from dspark_batch.scheduling.auto import AutoLength, CausalRule
 from dspark_batch.scheduling.cost import DraftCost, StepCost
 from dspark_batch.scheduling.cost_table import CostTable, DraftSample
+from dspark_batch.scheduling.gate import Gate
 from dspark_batch.scheduling.policies import LengthPolicy, RoundLoad, RoundOutcome
 from dspark_batch.tensors import DraftBlock
 from dspark_batch.testing.schedule_world import DraftKind, ScheduleWorld, known_cost
@@ -160,13 +161,13 @@ def test_rows_near_their_end_neither_close_a_gate_nor_keep_one_from_opening() ->
     policy = AutoLength(max_draft_tokens=4, cost=known_cost(idle), draft_cost=block, expected_survival=(0.7, 0.5, 0.4))
     w = world(idle, says(0.7, 0.7), policy=policy, num_rows=2, draft_s=lambda rows, longest: 0.0045)
     for _ in range(20):
-        w.play([0, 1], limits=[1, 0])
+        w.play([0, 1], limits=[1, 0], num_queued=1)
     assert w.reasons == {PlanReason.NOT_WORTH_IT: 20}
-    w.play([0, 1])
+    w.play([0, 1], num_queued=1)
     assert w.reasons[PlanReason.DRAFTED] == 1
     for _ in range(20):
-        w.play([0, 1], limits=[0, 1])
-    w.play([0, 1])
+        w.play([0, 1], limits=[0, 1], num_queued=1)
+    w.play([0, 1], num_queued=1)
     assert w.reasons[PlanReason.DRAFTED] + w.reasons[PlanReason.STANDING] == 2
 
 
@@ -209,17 +210,51 @@ def test_where_drafting_clearly_pays_plans_stand_until_drafts_fail() -> None:
     now = [says(0.95, 0.95)]
     policy = AutoLength(max_draft_tokens=GAMMA, cost=known_cost(idle))
     w = world(idle, lambda handle: now[0], policy=policy, num_rows=1)
-    planned: list[bool] = []
-    admit = policy._admit
-    policy._admit = lambda *a, **k: (planned.append(True), admit(*a, **k))[1]  # type: ignore[method-assign]
     w.run(100)
-    planned.clear()
+    w.reasons.clear()
     assert w.run(100) > 3 * w.plain_rate()
-    assert 2 <= len(planned) <= 5
+    assert 2 <= w.reasons[PlanReason.DRAFTED] <= 5
     assert w.reasons[PlanReason.STANDING] >= 90
     now[0] = says(0.0, 0.95)
     w.run(200)
     assert w.run(200) > 0.9 * w.plain_rate()
+
+
+def test_rounds_with_and_without_prompts_take_turns_without_ending_each_others_plans() -> None:
+    w = world(idle, says(0.95, 0.95))
+    rounds = [(range(4), 0), (range(7), 100)]
+    for _ in range(50):
+        for rows, num_prompt_tokens in rounds:
+            w.play(rows, num_prefill_tokens=num_prompt_tokens)
+    w.reasons.clear()
+    for _ in range(50):
+        for rows, num_prompt_tokens in rounds:
+            w.play(rows, num_prefill_tokens=num_prompt_tokens)
+    assert w.reasons[PlanReason.STANDING] >= 80
+
+
+def test_no_round_is_plain_for_the_sake_of_its_cost_where_prompts_hide_it() -> None:
+    w = world(idle, says(0.95, 0.95))
+    for _ in range(200):
+        w.play(range(4), num_prefill_tokens=100, num_queued=9)
+    assert w.reasons[PlanReason.PLAIN_STEP] == 0
+    w.run(100, num_queued=9)
+    assert w.reasons[PlanReason.PLAIN_STEP] >= 1
+
+
+def test_a_draining_batch_drafts_for_the_row_that_will_end_last() -> None:
+    """Drafted tokens of all rows would not pay: of one row they do, once nobody waits for the others' places."""
+    costs: dict[str, object] = {"draft_cost": DraftCost([DraftSample(n, GAMMA, 0.0001 * n) for n in (1, 16)])}
+    policy = AutoLength(max_draft_tokens=GAMMA, cost=known_cost(knee), expected_survival=(0.6, 0.36), **costs)  # type: ignore[arg-type]
+    w = world(knee, says(0.6, 0.6), policy=policy, draft_s=lambda rows, longest: 0.0001 * rows)
+    limits = [20] * 15 + [400]
+    for _ in range(50):
+        w.play(range(16), limits=limits, num_queued=9)
+    full = np.mean(w.verified[-30:])
+    emitted = np.array([w.play(range(16), limits=limits) for _ in range(50)]).mean(0)
+    assert emitted[15] > 2.0
+    assert emitted[:15].mean() < 1.2
+    assert full < 16
 
 
 def test_rows_that_finish_bring_the_next_try_forward() -> None:
@@ -322,7 +357,7 @@ def test_sampled_drafts_are_cut_by_the_causal_rules_only(rule: CausalRule) -> No
     costs = {1: 1.0, 2: 1.95, 3: 2.0, 4: 2.0}
     table = CostTable.from_function(lambda t, r, c: costs[min(t, 4)], rows=(1,), tokens_per_row=(1, 2, 3, 4))
     policy = AutoLength(max_draft_tokens=2, cost=StepCost(table), may_use_draft=False, causal_rule=rule)
-    policy._gate(LOAD, np.array([2])).is_open = True
+    policy._gates[1, False] = Gate(is_open=True)
     probs = [torch.full((2, 2), 0.5)]
     plans = []
     for sure in (0.999, 0.001, 0.999):
@@ -333,7 +368,7 @@ def test_sampled_drafts_are_cut_by_the_causal_rules_only(rule: CausalRule) -> No
     # Of the lagged rule, the first round knows no budget, and each later one has that of the round before.
     assert plans == ([0, 0, 0] if rule == "early_stop" else [0, 2, 0])
     one_hot = AutoLength(max_draft_tokens=2, cost=StepCost(table), may_use_draft=False)
-    one_hot._gate(LOAD, np.array([2])).is_open = True
+    one_hot._gates[1, False] = Gate(is_open=True)
     one_hot.draft_lengths(LOAD)
     assert one_hot.verify_plan(LOAD, DraftBlock(token_ids=[(0, 1)], confidence=[(0.9, 0.999)])).verify_len == [2]
 

@@ -20,7 +20,7 @@ def test_a_new_gate_probes_at_once_and_opens_after_a_few_promising_probes() -> N
     assert wait(gate) == 0
     gate.observe_probe(0.4, num_rows=8, cost_share=0.01)
     assert not gate.is_open
-    assert wait(gate) == 4
+    assert wait(gate) == 2
     gate.observe_probe(0.4, num_rows=8, cost_share=0.01)
     assert gate.is_open
 
@@ -30,7 +30,7 @@ def test_pauses_double_while_probes_promise_nothing() -> None:
     for _ in range(8):
         pauses.append(wait(gate))
         gate.observe_probe(-0.01, num_rows=8, cost_share=0.0)
-    assert pauses == [0, 4, 8, 16, 32, 64, 64, 64]
+    assert pauses == [0, 2, 4, 8, 16, 32, 64, 64]
     assert gate.is_stale
 
 
@@ -39,7 +39,7 @@ def test_dear_probes_are_followed_by_long_pauses_once_their_credit_is_spent() ->
     for _ in range(6):
         pauses.append(wait(gate))
         gate.observe_probe(0.01, num_rows=1, cost_share=0.125)
-    assert pauses == [0, 4, 4, 4, 25, 25]
+    assert pauses == [0, 2, 2, 2, 25, 25]
 
 
 def test_a_probe_that_tells_nothing_is_repeated_soon() -> None:
@@ -54,7 +54,7 @@ def test_probes_of_one_row_are_given_more_time_before_pauses_grow() -> None:
     for _ in range(10):
         pauses.append(wait(gate))
         gate.observe_probe(-0.01, num_rows=1, cost_share=0.0)
-    assert pauses == [0] + [4] * 9
+    assert pauses == [0] + [2] * 9
 
 
 def test_an_open_gate_is_judged_after_enough_rows_and_closes_where_it_loses() -> None:

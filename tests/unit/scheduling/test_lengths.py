@@ -80,6 +80,8 @@ def test_rows_that_never_accept_are_not_worth_a_forward_that_costs_by_the_row() 
     dear = DraftCost([DraftSample(rows, 7, 0.1 + 0.05 * rows) for rows in (1, 4, 8)])
     row_s = row_seconds(dear, num_rows=8, longest=7)
     assert row_s == pytest.approx(0.05)
-    assert rows_worth_drafting(survival, plain_s=1.0, row_s=row_s).tolist() == [True] * 4 + [False] * 4
+    assert rows_worth_drafting(survival, plain_s=1.0, row_s=row_s, token_s=0.0).tolist() == [True] * 4 + [False] * 4
+    dear_tokens = rows_worth_drafting(survival, plain_s=1.0, row_s=row_s, token_s=0.125)
+    assert not dear_tokens.any(), "their verification takes what they save"
     assert row_seconds(by_block(0.3), num_rows=8, longest=7) == pytest.approx(0.0)
     assert row_seconds(dear, num_rows=1, longest=7) == 0.0

@@ -81,11 +81,11 @@ def test_lengths_above_a_survival_are_those_of_all_survivals(seed: int, says: st
         held = np.minimum(rng.geometric(0.3, 11) - 1, flat.offered)
         model.observe(range(11), flat, np.minimum(held + 1, flat.offered), held)
         survival = model.of_draft(range(11), flat)
-        for price in (0.0, 0.1, 0.4, 0.9, 1.1):
-            expected = np.bincount(flat.row[survival >= price], minlength=11)
-            assert model.lengths_above(draft, price) == expected.tolist()
+        for prices in (np.zeros(11), rng.random(11), np.full(11, 1.1)):
+            expected = np.bincount(flat.row[survival >= prices[flat.row]], minlength=11)
+            assert model.lengths_above(draft, prices.tolist()) == expected.tolist()
     silent = DraftBlock(token_ids=[(1, 2), ()])
-    assert SurvivalModel(2).lengths_above(silent, 0.9) == [2, 0]
+    assert SurvivalModel(2).lengths_above(silent, [0.9, 0.9]) == [2, 0]
 
 
 def test_a_silent_drafter_is_judged_by_position_and_a_talking_one_by_its_word() -> None:
