@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field, fields
 from enum import StrEnum
 
@@ -107,6 +108,13 @@ class EngineStats:
         if record.reason is not None:
             self.num_steps_by_reason[record.reason] = self.num_steps_by_reason.get(record.reason, 0) + 1
         self.last = record
+
+    def __add__(self, other: EngineStats) -> EngineStats:
+        """The totals of both; ``last`` is the other's."""
+        names = [f.name for f in fields(self) if f.name not in ("last", "num_steps_by_reason")]
+        sums = {name: getattr(self, name) + getattr(other, name) for name in names}
+        by_reason = Counter(self.num_steps_by_reason) + Counter(other.num_steps_by_reason)
+        return EngineStats(**sums, num_steps_by_reason=dict(by_reason), last=other.last or self.last)
 
     @property
     def total_s(self) -> float:

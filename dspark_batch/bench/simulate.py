@@ -1,12 +1,14 @@
-"""Schedules of an 8B model on an H100, compared without either: ``dspark-batch bench simulate``.
+"""Schedules compared without a model: ``dspark-batch bench simulate``.
 
-Real schedules (plain, fixed lengths, auto) decode made-up jobs against a roofline of the device and an acceptance model
-or a recorded trace, from 1 to 1,024 concurrent rows, with short and long prompts. The clock is simulated: figures
-compare schedules, they are no throughput. How the device is counted: ``dspark_batch.scheduling.simulator.device``.
+Real schedules (plain, fixed lengths, auto) decode made-up jobs against a roofline of an 8B model on an H100, or the
+cost table of a real device, and an acceptance model or a recorded trace, from 1 to 1,024 concurrent rows, with short
+and long prompts. The clock is simulated: figures compare schedules, they are no throughput. On a noisy machine that is
+the only way to see differences of a percent. How devices are counted: ``dspark_batch.scheduling.simulator.device``.
 """
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -17,15 +19,17 @@ import typer
 
 from dspark_batch.bench.command import parse_concurrencies
 from dspark_batch.bench.options import AsJson, names, run_module, write_json
-from dspark_batch.errors import ConfigError, Problem
+from dspark_batch.errors import ConfigError, InputError, Problem
 
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from dspark_batch.scheduling.cost_table import CostTable
     from dspark_batch.scheduling.simulator.acceptance import AcceptanceModel
     from dspark_batch.scheduling.simulator.scenario import Scenario, ScenarioResult
+    from dspark_batch.scheduling.traces import RecordedRound
 
-CONTEXTS = {"short": (128, 128), "long": (8192, 512)}
+CONTEXTS = {"brief": (100, 32), "short": (128, 128), "long": (8192, 512)}
 """Prompt tokens, and mean output tokens."""
 
 CHANCES = "0.82,0.80,0.78,0.76,0.74,0.72,0.70"
@@ -35,7 +39,13 @@ SCHEDULES = "plain,fixed-1,fixed-3,fixed-5,fixed-7,auto"
 _LIMIT_FACTOR = 2
 
 
-def scenarios(contexts: Sequence[str], concurrencies: Sequence[int]) -> list[Scenario]:
+def scenarios(
+    contexts: Sequence[str],
+    concurrencies: Sequence[int],
+    *,
+    num_rows: int | None = None,
+    ends_at_limits: bool = False,
+) -> list[Scenario]:
     """One job for each; outputs may grow to twice their mean, which is what a row reserves.
 
     Raises:
@@ -52,25 +62,46 @@ def scenarios(contexts: Sequence[str], concurrencies: Sequence[int]) -> list[Sce
             mean_output_len=CONTEXTS[context][1],
             max_new_tokens=_LIMIT_FACTOR * CONTEXTS[context][1],
             concurrency=concurrency,
+            num_rows=num_rows,
+            ends_at_limits=ends_at_limits,
         )
         for context in contexts
         for concurrency in concurrencies
     ]
 
 
-def acceptance_of(trace: Path | None, *, chances: Sequence[float], seed: int) -> Callable[[], AcceptanceModel]:
-    """A maker of fresh models: of the recorded trace where there is one, else parametric.
+def acceptance_of(
+    rounds: Sequence[RecordedRound] | None, *, chances: Sequence[float], seed: int, first_row: int = 0
+) -> Callable[[], AcceptanceModel]:
+    """A maker of fresh models: of a recorded trace from ``first_row`` on where there is one, else parametric.
 
     Raises:
-        InputError: the trace cannot be read or replayed.
+        InputError: the trace cannot be replayed.
     """
     from dspark_batch.scheduling.simulator.acceptance import ParametricAcceptance, TraceAcceptance
-    from dspark_batch.scheduling.traces import read_trace
 
-    if trace is None:
+    if rounds is None:
         return lambda: ParametricAcceptance(chances, seed=seed)
-    rounds = read_trace(trace)
-    return lambda: TraceAcceptance(rounds)
+    return lambda: TraceAcceptance(rounds, first_row=first_row)
+
+
+def read_costs(path: Path) -> CostTable:
+    """The table out of what ``dspark-batch profile --json`` printed.
+
+    Raises:
+        InputError: there is no such file, or no table in its last line.
+    """
+    from dspark_batch.scheduling.cost_table import CostTable
+
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; `dspark-batch profile --target NAME --json > {path}` makes one")
+    lines = path.read_text(encoding="utf-8").strip().splitlines()
+    try:
+        return CostTable.from_dict(json.loads(lines[-1])["table"])
+    except (IndexError, KeyError, TypeError, ValueError) as error:
+        raise InputError(
+            f"{path}: the last line is no cost table of `dspark-batch profile --json`: {error!r}"
+        ) from None
 
 
 def as_dict(result: ScenarioResult) -> dict[str, Any]:
@@ -103,7 +134,7 @@ def as_dict(result: ScenarioResult) -> dict[str, Any]:
     return out
 
 
-def table(found: Sequence[dict[str, Any]], schedules: Sequence[str]) -> Table:
+def _table(found: Sequence[dict[str, Any]], schedules: Sequence[str]) -> Table:
     """Simulated tokens per second for a terminal."""
     from rich.table import Table
 
@@ -124,29 +155,56 @@ def table(found: Sequence[dict[str, Any]], schedules: Sequence[str]) -> Table:
 
 def command(
     rows: Annotated[str, typer.Option(help="Concurrent rows, comma-separated.")] = "1,4,16,64,256,1024",
-    context: Annotated[str, typer.Option(help="Kinds of rows, comma-separated: short, long.")] = "short,long",
+    context: Annotated[str, typer.Option(help="Kinds of rows, comma-separated: brief, short, long.")] = "short,long",
     schedules: Annotated[str, typer.Option(help="plain, auto, threshold, fixed-K, comma-separated.")] = SCHEDULES,
     chances: Annotated[str, typer.Option(help="Chance of each draft position, given the earlier ones held.")] = CHANCES,
     trace: Annotated[Path | None, typer.Option(help="Recorded rounds to replay instead of --chances.")] = None,
-    seed: Annotated[int, typer.Option(help="Of row lengths and acceptance.")] = 0,
+    costs: Annotated[
+        Path | None, typer.Option(help="What `dspark-batch profile --json` printed: that device, not an H100.")
+    ] = None,
+    noise: Annotated[float, typer.Option(min=0.0, help="Of the times of --costs, relative.")] = 0.0,
+    job_rows: Annotated[int | None, typer.Option(min=1, help="Default: three times what is decoded together.")] = None,
+    known_lengths: Annotated[bool, typer.Option("--known-lengths", help="Rows end at their limits.")] = False,
+    count_planning: Annotated[
+        bool, typer.Option("--count-planning", help="The schedule's own real time is part of the clock.")
+    ] = False,
+    repeats: Annotated[int, typer.Option(min=1, help="Jobs with other rows; their times are added up.")] = 1,
+    seed: Annotated[int, typer.Option(help="Of row lengths, acceptance and noise.")] = 0,
     as_json: AsJson = False,
 ) -> None:
-    """Schedules of an 8B model on an H100 by a simulated clock, from 1 to 1,024 rows."""
+    """Schedules by a simulated clock, from 1 to 1,024 rows: of an 8B model on an H100, or of a profiled device."""
     from rich.console import Console
 
-    from dspark_batch.scheduling.simulator.device import RooflineDevice
+    from dspark_batch.scheduling.simulator.device import ProfiledDevice, RooflineDevice
     from dspark_batch.scheduling.simulator.scenario import run_scenario
+    from dspark_batch.scheduling.traces import read_trace
 
-    acceptance = acceptance_of(trace, chances=_numbers(chances), seed=seed)
-    chosen = names(schedules)
+    chosen, of_positions = names(schedules), _numbers(chances)
+    rounds = read_trace(trace) if trace is not None else None
+    table = read_costs(costs) if costs is not None else None
+    concurrencies = parse_concurrencies(rows, option="--rows")
     found = []
-    for scenario in scenarios(names(context), parse_concurrencies(rows, option="--rows")):
+    for scenario in scenarios(names(context), concurrencies, num_rows=job_rows, ends_at_limits=known_lengths):
         started = time.perf_counter()
-        result = run_scenario(scenario, chosen, device=RooflineDevice(), acceptance=acceptance, seed=seed)
-        found.append(as_dict(result))
+        results = []
+        for repeat in range(seed, seed + repeats):
+            device = ProfiledDevice(table, noise=noise, seed=repeat) if table is not None else RooflineDevice()
+            results.append(
+                run_scenario(
+                    scenario,
+                    chosen,
+                    device=device,
+                    acceptance=acceptance_of(
+                        rounds, chances=of_positions, seed=repeat, first_row=repeat * (job_rows or 0)
+                    ),
+                    seed=repeat,
+                    counts_planning=count_planning,
+                )
+            )
+        found.append(as_dict(sum(results[1:], results[0])))
         took_s = time.perf_counter() - started
         sys.stderr.write(f"{scenario.name}, {scenario.concurrency} rows: {took_s:.1f} s\n")
-    Console(width=None if sys.stdout.isatty() else 200).print(table(found, chosen))
+    Console(width=None if sys.stdout.isatty() else 200).print(_table(found, chosen))
     if as_json:
         write_json({"scenarios": found})
 

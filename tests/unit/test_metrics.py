@@ -1,4 +1,4 @@
-from dspark_batch.metrics import EngineStats, StepRecord
+from dspark_batch.metrics import EngineStats, PlanReason, StepRecord
 
 
 def test_totals_add_up_over_steps() -> None:
@@ -19,3 +19,14 @@ def test_the_totals_by_name_are_plain_numbers() -> None:
     totals = EngineStats().as_dict()
     assert totals["num_steps"] == 0
     assert all(isinstance(value, (int, float)) for value in totals.values())
+
+
+def test_the_totals_of_two_engines_add_up() -> None:
+    one, other = EngineStats(), EngineStats()
+    for stats, reason in ((one, PlanReason.DRAFTED), (one, PlanReason.PAUSED), (other, PlanReason.DRAFTED)):
+        stats.add(StepRecord(num_rows=2, num_emitted_tokens=3, forward_s=0.5, reason=reason))
+    both = one + other
+    assert (both.num_steps, both.num_row_rounds, both.num_emitted_tokens, both.forward_s) == (3, 6, 9, 1.5)
+    assert both.num_steps_by_reason == {PlanReason.DRAFTED: 2, PlanReason.PAUSED: 1}
+    assert both.last is other.last
+    assert (one + EngineStats()).last is one.last

@@ -100,7 +100,8 @@ class ParametricAcceptance:
 
 
 class TraceAcceptance:
-    """Replays recorded rounds: simulated row r goes through the drafts of recorded row r, again and again.
+    """Replays recorded rounds: simulated row r goes through the drafts of recorded row ``first_row`` + r, again and
+    again.
 
     A draft is cut to what is asked for; one that was recorded shorter stays short. Where a schedule skips rounds, or
     cuts drafts, a row meets its recorded drafts at other places of its text than they were made at: the order is kept,
@@ -110,7 +111,8 @@ class TraceAcceptance:
         InputError: the trace holds no drafts, or drafts that were cut before verification, whose outcome is unknown.
     """
 
-    def __init__(self, rounds: Sequence[RecordedRound]) -> None:
+    def __init__(self, rounds: Sequence[RecordedRound], *, first_row: int = 0) -> None:
+        self._first_row = first_row
         self._rows = list(rounds_by_row(rounds).values())
         if not self._rows:
             raise InputError("the trace holds no drafts; record a run that drafts")
@@ -139,7 +141,7 @@ class TraceAcceptance:
         )
 
     def _take(self, row: int) -> RowRound:
-        drafts = self._rows[row % len(self._rows)]
+        drafts = self._rows[(self._first_row + row) % len(self._rows)]
         number = self._next.get(row, 0)
         self._next[row] = number + 1
         return drafts[number % len(drafts)]

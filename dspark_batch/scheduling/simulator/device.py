@@ -17,10 +17,13 @@ for comparing schedules, and hold as far as the datasheet's bandwidth and flops,
 from __future__ import annotations
 
 import math
-from bisect import bisect_left
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
+
+import numpy as np
+
+from dspark_batch.scheduling.cost import DraftCost
+from dspark_batch.scheduling.cost_table import CostSurface, CostTable
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -215,38 +218,31 @@ class RooflineDevice:
         )
 
 
-class TableDevice:
-    """A measured device: seconds of a step by flat tokens, linear in between and beyond; context is in the figures.
+class ProfiledDevice:
+    """A device as its cost table has it, such as ``dspark-batch profile`` measured.
 
-    step_s: flat tokens -> seconds, at least two sizes. draft_call_s, draft_row_s, draft_token_s: a drafting call costs
-    their sum, by rows and by tokens of the longest draft.
+    A row is measured with a few tokens; a step with more of them, such as prompts, takes as long as one of more rows.
+    noise: standard deviation of the logarithm of every time.
     """
 
-    def __init__(
-        self,
-        step_s: Mapping[int, float],
-        *,
-        draft_call_s: float,
-        draft_row_s: float = 0.0,
-        draft_token_s: float = 0.0,
-        num_kv_tokens: int = 2**31,
-    ) -> None:
-        assert len(step_s) >= 2, "a line needs two points"
+    def __init__(self, table: CostTable, *, num_kv_tokens: int = 2**31, noise: float = 0.0, seed: int = 0) -> None:
         self.num_kv_tokens = num_kv_tokens
-        self._sizes = sorted(step_s)
-        self._seconds = [step_s[size] for size in self._sizes]
-        self._draft = (draft_call_s, draft_row_s, draft_token_s)
+        self._surface = CostSurface(table.steps)
+        self._draft_cost = DraftCost(table.drafts)
+        self._most_rows = table.most_rows
+        self._most_tokens_of_row = max(step.num_tokens // step.num_rows for step in table.steps)
+        self._noise = noise
+        self._random = np.random.default_rng(seed)
 
     def step_s(self, work: StepWork) -> float:
         if not work.num_tokens:
             return 0.0
-        right = min(max(1, bisect_left(self._sizes, work.num_tokens)), len(self._sizes) - 1)
-        low, high = self._sizes[right - 1], self._sizes[right]
-        share = max(0.0, (work.num_tokens - low) / (high - low))
-        return self._seconds[right - 1] + share * (self._seconds[right] - self._seconds[right - 1])
+        num_rows = max(1, work.num_rows, min(self._most_rows, work.num_tokens // self._most_tokens_of_row))
+        context_tokens = work.num_context_tokens / max(1, work.num_rows)
+        return self._noisy(self._surface.at(work.num_tokens, num_rows=num_rows, context_tokens=context_tokens))
 
     def draft_s(self, *, num_rows: int, longest: int, num_context_tokens: int) -> float:
-        if not num_rows or not longest:
-            return 0.0
-        per_call, per_row, per_token = self._draft
-        return per_call + per_row * num_rows + per_token * longest
+        return self._noisy(self._draft_cost.seconds(num_rows, longest))
+
+    def _noisy(self, seconds: float) -> float:
+        return seconds * math.exp(self._random.normal(0.0, self._noise)) if self._noise else seconds

@@ -40,7 +40,8 @@ class SimulatedRow:
 class SimulatedRun:
     """A whole job. wall_s: simulated. full_s, num_full_tokens: while rows were waiting; the rest is the tail.
 
-    planning_s: real time spent in the policy, which the simulated clock leaves out. mean_rows: rows decoded together.
+    planning_s: real time spent in the policy; part of ``wall_s`` only where that was asked for. mean_rows: rows decoded
+    together.
     """
 
     stats: EngineStats
@@ -61,6 +62,16 @@ class SimulatedRun:
     def mean_rows(self) -> float:
         return self.stats.num_row_rounds / max(1, self.stats.num_steps)
 
+    def __add__(self, other: SimulatedRun) -> SimulatedRun:
+        """Both jobs, one after the other."""
+        return SimulatedRun(
+            stats=self.stats + other.stats,
+            wall_s=self.wall_s + other.wall_s,
+            full_s=self.full_s + other.full_s,
+            num_full_tokens=self.num_full_tokens + other.num_full_tokens,
+            planning_s=self.planning_s + other.planning_s,
+        )
+
 
 @dataclass(slots=True, eq=False)
 class _Active:
@@ -74,7 +85,10 @@ class _Active:
 
 class SimulatedEngine:
     """``BatchEngine``'s rounds: admission by places and KV room in order of arrival, drafting, planning, verification
-    with prefill chunks within ``max_step_tokens``, commit. No shared prefixes, no failures."""
+    with prefill chunks within ``max_step_tokens``, commit. No shared prefixes, no failures.
+
+    counts_planning: the real time that the policy takes is part of the clock.
+    """
 
     def __init__(
         self,
@@ -85,7 +99,9 @@ class SimulatedEngine:
         acceptance: AcceptanceModel,
         max_concurrency: int,
         max_step_tokens: int = 2048,
+        counts_planning: bool = False,
     ) -> None:
+        self._counts_planning = counts_planning
         self._queue = deque(_Active(number, row) for number, row in enumerate(rows))
         self._device = device
         self._policy = policy
@@ -106,8 +122,11 @@ class SimulatedEngine:
         wall_s = full_s = 0.0
         num_full_tokens = 0
         while self.num_unfinished:
+            planned_s = self.planning_s
             record = self.step()
             seconds = record.draft_s + record.forward_s
+            if self._counts_planning:
+                seconds += self.planning_s - planned_s
             wall_s += seconds
             if record.num_queued:
                 full_s += seconds

@@ -30,7 +30,11 @@ _LONGEST_CONTEXT = 32_768
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scenario:
-    """A job in tokens. num_rows: None: three times as many as the device can hold together, and at least 24."""
+    """A job in tokens. num_rows: None: three times as many as the device can hold together, and at least 24.
+
+    ends_at_limits: each row's limit is its own output length, as with ``ignore_eos``; else outputs end by themselves,
+    at ``max_new_tokens`` at the latest.
+    """
 
     name: str
     prompt_len: int
@@ -38,6 +42,7 @@ class Scenario:
     max_new_tokens: int
     concurrency: int
     num_rows: int | None = None
+    ends_at_limits: bool = False
 
     def rows(self, device: Device, *, seed: int = 0) -> list[SimulatedRow]:
         """Rows in order of arrival; output lengths vary about the mean and end at the limit."""
@@ -46,7 +51,8 @@ class Scenario:
         random = np.random.default_rng(seed)
         drawn = random.gamma(_LENGTH_SHAPE, self.mean_output_len / _LENGTH_SHAPE, count)
         lengths = np.clip(drawn, _SHORTEST_OUTPUT, self.max_new_tokens).astype(int).tolist()
-        return [SimulatedRow(self.prompt_len, length, self.max_new_tokens) for length in lengths]
+        limits = lengths if self.ends_at_limits else [self.max_new_tokens] * count
+        return [SimulatedRow(self.prompt_len, *of_row) for of_row in zip(lengths, limits, strict=True)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,6 +65,11 @@ class ScenarioResult:
     def ratio(self, schedule: str, *, to: str) -> float:
         """Tokens per second of one schedule over another's."""
         return self.runs[schedule].tokens_per_s / self.runs[to].tokens_per_s
+
+    def __add__(self, other: ScenarioResult) -> ScenarioResult:
+        """The same scenario once more, with other rows."""
+        runs = {name: run + other.runs[name] for name, run in self.runs.items()}
+        return ScenarioResult(scenario=self.scenario, runs=runs)
 
     @property
     def best_fixed(self) -> str:
@@ -75,6 +86,7 @@ def run_scenario(
     acceptance: Callable[[], AcceptanceModel],
     max_step_tokens: int = 8192,
     seed: int = 0,
+    counts_planning: bool = False,
 ) -> ScenarioResult:
     """Every schedule over the same rows and a fresh acceptance model.
 
@@ -95,6 +107,7 @@ def run_scenario(
             acceptance=model,
             max_concurrency=scenario.concurrency,
             max_step_tokens=max_step_tokens,
+            counts_planning=counts_planning,
         )
         runs[name] = engine.run()
     return ScenarioResult(scenario=scenario, runs=runs)

@@ -18,6 +18,7 @@ from dspark_batch.bench.scheduler import (
 from dspark_batch.cli import run_cli
 from dspark_batch.engine.config import EngineConfig
 from dspark_batch.errors import ConfigError
+from dspark_batch.scheduling.cost_table import CostTable
 from dspark_batch.scheduling.policies import FixedLength, RoundLoad
 from dspark_batch.scheduling.traces import TraceRecorder, read_trace
 from dspark_batch.tensors import DraftBlock
@@ -197,3 +198,39 @@ def test_the_simulator_compares_schedules(capsys: pytest.CaptureFixture[str]) ->
     for option, value in (("--schedules", "fixed-x"), ("--chances", "2"), ("--context", "tall"), ("--rows", "0")):
         assert run_cli(["bench", "simulate", option, value]) == 2
         assert option in capsys.readouterr().err
+
+
+def test_the_simulator_takes_the_cost_table_of_a_profiled_device(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = CostTable.from_function(
+        lambda tokens, rows, context: 0.010 + 0.0002 * tokens,
+        rows=(1, 4, 16),
+        draft_s=lambda rows, tokens: 0.001 + 0.0001 * rows,
+        draft_tokens=4,
+    )
+    costs = tmp_path / "costs.txt"
+    costs.write_text("tables for people\n" + json.dumps({"key": {}, "table": table.as_dict()}) + "\n")
+    arguments = ["--costs", str(costs), "--chances", "0.8,0.7,0.6,0.5", "--rows", "4", "--context", "brief"]
+    jobs = ["--known-lengths", "--job-rows", "12", "--repeats", "2", "--schedules", "plain,auto", "--json"]
+
+    def run_of_auto(*more: str) -> dict[str, float]:
+        assert run_cli(["bench", "simulate", *arguments, *jobs, *more]) == 0
+        (row,) = json.loads(capsys.readouterr().out.strip().splitlines()[-1])["scenarios"]
+        emitted = [row["tokens_per_s"][name] * row["runs"][name]["wall_s"] for name in ("plain", "auto")]
+        assert emitted[0] == pytest.approx(emitted[1]), "the same rows"
+        found: dict[str, float] = row["runs"]["auto"]
+        return found
+
+    exact = run_of_auto()
+    assert run_of_auto("--noise", "0.1")["wall_s"] != exact["wall_s"] == run_of_auto()["wall_s"]
+    with_planning = run_of_auto("--count-planning")
+    assert with_planning["wall_s"] == pytest.approx(
+        exact["wall_s"] + exact["planning_share"] * exact["wall_s"], rel=0.3
+    )
+    assert with_planning["wall_s"] > exact["wall_s"]
+    for file, content in ((costs, "no table"), (tmp_path / "absent", None)):
+        if content is not None:
+            file.write_text(content)
+        assert run_cli(["bench", "simulate", *arguments[2:], "--costs", str(file)]) != 0
+        assert str(file) in capsys.readouterr().err

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
-from dspark_batch.scheduling.simulator.device import H100, QWEN3_8B, RooflineDevice, StepWork, TableDevice
+from dspark_batch.scheduling.cost_table import CostTable, DraftSample, StepSample
+from dspark_batch.scheduling.simulator.device import H100, QWEN3_8B, ProfiledDevice, RooflineDevice, StepWork
 
 
 def work(num_rows: int, per_row: int = 1, context: int = 0) -> StepWork:
@@ -57,8 +59,24 @@ def test_drafting_costs_about_a_millisecond_for_a_row_and_several_for_a_full_bat
     assert device.draft_s(num_rows=0, longest=0, num_context_tokens=0) == 0.0
 
 
-def test_a_table_is_linear_between_and_beyond_its_sizes() -> None:
-    device = TableDevice({1: 1.0, 3: 2.0, 7: 10.0}, draft_call_s=0.5, draft_row_s=0.1, draft_token_s=0.01)
-    seconds = [device.step_s(work(n)) for n in (1, 2, 3, 5, 7, 8)]
-    assert seconds == pytest.approx([1.0, 1.5, 2.0, 6.0, 10.0, 12.0])
-    assert device.draft_s(num_rows=3, longest=4, num_context_tokens=9) == pytest.approx(0.84)
+def test_a_profiled_device_has_the_times_of_its_table() -> None:
+    steps = (
+        StepSample(128, 1, 1, 1.0),
+        StepSample(128, 1, 4, 1.6),
+        StepSample(128, 8, 8, 2.0),
+        StepSample(128, 8, 32, 4.4),
+    )
+    drafts = DraftSample(1, 4, 0.5), DraftSample(8, 4, 1.2)
+    device = ProfiledDevice(CostTable(steps, drafts))
+    assert [device.step_s(work(1, per_row=n)) for n in (1, 2, 3)] == pytest.approx([1.0, 1.2, 1.4])
+    assert device.step_s(work(8, per_row=4)) == pytest.approx(4.4)
+    assert device.step_s(work(1, per_row=132)) == pytest.approx(14.4), "a prompt costs as many rows do"
+    assert device.draft_s(num_rows=4, longest=4, num_context_tokens=9) == pytest.approx(0.8)
+    assert device.step_s(work(0)) == 0.0
+
+
+def test_noise_spreads_times_about_those_of_the_table() -> None:
+    device = ProfiledDevice(CostTable((StepSample(0, 1, 1, 1.0),)), noise=0.1, seed=3)
+    seconds = np.array([device.step_s(work(1)) for _ in range(2000)])
+    assert np.log(seconds).mean() == pytest.approx(0.0, abs=0.01)
+    assert np.log(seconds).std() == pytest.approx(0.1, rel=0.1)

@@ -15,9 +15,10 @@ from dspark_batch.drafters.base import DraftRow
 from dspark_batch.engine.config import EngineConfig
 from dspark_batch.engine.engine import BatchEngine
 from dspark_batch.metrics import PlanReason, StepRecord
+from dspark_batch.scheduling.cost_table import CostTable, DraftSample, StepSample
 from dspark_batch.scheduling.policies import FixedLength, LengthPolicy, RoundLoad, RoundOutcome
 from dspark_batch.scheduling.simulator.acceptance import ParametricAcceptance, SimulatedDrafts
-from dspark_batch.scheduling.simulator.device import TableDevice
+from dspark_batch.scheduling.simulator.device import ProfiledDevice
 from dspark_batch.scheduling.simulator.loop import SimulatedEngine, SimulatedRow
 from dspark_batch.scheduling.traces import RecordedRound, TraceRecorder, rounds_by_row
 from dspark_batch.tensors import DraftBlock, VerifyPlan
@@ -25,7 +26,11 @@ from dspark_batch.testing.scripted_drafters import ScriptedDrafter
 from dspark_batch.testing.scripted_target import ScriptedModel, ScriptedTarget
 
 Ints = NDArray[np.int64]
-DEVICE = TableDevice({1: 0.010, 64: 0.020}, draft_call_s=0.001, draft_row_s=0.0001)
+TABLE = CostTable(
+    steps=(StepSample(0, 1, 1, 0.010), StepSample(0, 1, 64, 0.020)),
+    drafts=(DraftSample(1, 1, 0.0011), DraftSample(64, 1, 0.0074)),
+)
+DEVICE = ProfiledDevice(TABLE)
 TIMES = {"draft_s", "forward_s", "sample_s", "host_s"}
 
 
@@ -108,7 +113,7 @@ def test_its_rounds_are_those_of_the_engine(
     """A trace of the engine, replayed: the same rows together, prompt chunks, drafts, verified and emitted tokens."""
     rows = job(seed)
     expected, rounds = real_steps(rows, policy(6), kv_tokens=kv_tokens, max_step_tokens=max_step_tokens)
-    device = TableDevice({1: 0.010, 64: 0.020}, draft_call_s=0.001, num_kv_tokens=kv_tokens)
+    device = ProfiledDevice(TABLE, num_kv_tokens=kv_tokens)
     engine = SimulatedEngine(
         rows,
         device=device,

@@ -7,8 +7,9 @@ from functools import cache
 import pytest
 
 from dspark_batch.errors import ConfigError
+from dspark_batch.scheduling.cost_table import CostTable, DraftSample, StepSample
 from dspark_batch.scheduling.simulator.acceptance import ParametricAcceptance
-from dspark_batch.scheduling.simulator.device import RooflineDevice, TableDevice
+from dspark_batch.scheduling.simulator.device import ProfiledDevice, RooflineDevice
 from dspark_batch.scheduling.simulator.scenario import (
     Scenario,
     ScenarioResult,
@@ -71,7 +72,8 @@ def test_the_gain_of_a_fixed_length_falls_with_the_rows() -> None:
 
 
 def test_the_profile_of_a_device_is_its_own_cost() -> None:
-    device = TableDevice({1: 0.010, 64: 0.020}, draft_call_s=0.001, draft_row_s=0.0001)
+    steps = StepSample(0, 1, 1, 0.010), StepSample(0, 1, 64, 0.020)
+    device = ProfiledDevice(CostTable(steps, (DraftSample(1, 1, 0.0011), DraftSample(64, 1, 0.0074))))
     table = profiled(device, num_draft_tokens=5, max_concurrency=8)
     for step in table.steps:
         assert step.seconds == pytest.approx(0.010 + (step.num_tokens - 1) * 0.010 / 63)
@@ -96,6 +98,6 @@ def test_a_job_has_three_times_the_rows_that_fit_together() -> None:
         scenario = Scenario(
             name="x", prompt_len=prompt_len, mean_output_len=20, max_new_tokens=100, concurrency=concurrency
         )
-        return len(scenario.rows(TableDevice({1: 1.0, 2: 1.0}, draft_call_s=0.0, num_kv_tokens=20_000)))
+        return len(scenario.rows(ProfiledDevice(CostTable((StepSample(0, 1, 1, 1.0),)), num_kv_tokens=20_000)))
 
     assert [count(1, 100), count(30, 100), count(500, 100), count(500, 1900)] == [24, 90, 300, 30]
