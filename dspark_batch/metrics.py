@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field, fields
 from enum import StrEnum
+from typing import Any
 
 
 class PlanReason(StrEnum):
@@ -110,9 +111,8 @@ class EngineStats:
         self.last = record
 
     def __add__(self, other: EngineStats) -> EngineStats:
-        """The totals of both; ``last`` is the other's."""
-        names = [f.name for f in fields(self) if f.name not in ("last", "num_steps_by_reason")]
-        sums = {name: getattr(self, name) + getattr(other, name) for name in names}
+        """The totals of both, one after the other."""
+        sums: dict[str, Any] = {name: value + getattr(other, name) for name, value in self.as_dict().items()}
         by_reason = Counter(self.num_steps_by_reason) + Counter(other.num_steps_by_reason)
         return EngineStats(**sums, num_steps_by_reason=dict(by_reason), last=other.last or self.last)
 

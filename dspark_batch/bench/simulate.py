@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from dspark_batch.scheduling.cost_table import CostTable
     from dspark_batch.scheduling.simulator.acceptance import AcceptanceModel
+    from dspark_batch.scheduling.simulator.device import Device
     from dspark_batch.scheduling.simulator.scenario import Scenario, ScenarioResult
     from dspark_batch.scheduling.traces import RecordedRound
 
@@ -95,10 +96,10 @@ def read_costs(path: Path) -> CostTable:
 
     if not path.is_file():
         raise InputError(f"{path}: no such file; `dspark-batch profile --target NAME --json > {path}` makes one")
-    lines = path.read_text(encoding="utf-8").strip().splitlines()
     try:
-        return CostTable.from_dict(json.loads(lines[-1])["table"])
-    except (IndexError, KeyError, TypeError, ValueError) as error:
+        last = path.read_text(encoding="utf-8").strip().splitlines()[-1]
+        return CostTable.from_dict(json.loads(last)["table"])
+    except (OSError, IndexError, KeyError, TypeError, ValueError) as error:
         raise InputError(
             f"{path}: the last line is no cost table of `dspark-batch profile --json`: {error!r}"
         ) from None
@@ -182,25 +183,32 @@ def command(
     chosen, of_positions = names(schedules), _numbers(chances)
     rounds = read_trace(trace) if trace is not None else None
     table = read_costs(costs) if costs is not None else None
+    if noise and table is None:
+        raise ConfigError([Problem("--noise", "is of the times of --costs; the H100 has none")])
+    if not any(name == "plain" or name.startswith("fixed-") for name in chosen):
+        raise ConfigError([Problem("--schedules", f"needs plain or a fixed length to compare with, got {schedules!r}")])
     concurrencies = parse_concurrencies(rows, option="--rows")
     found = []
     for scenario in scenarios(names(context), concurrencies, num_rows=job_rows, ends_at_limits=known_lengths):
         started = time.perf_counter()
         results = []
+        first_row = 0
         for repeat in range(seed, seed + repeats):
-            device = ProfiledDevice(table, noise=noise, seed=repeat) if table is not None else RooflineDevice()
+
+            def device(seed: int = repeat) -> Device:
+                return RooflineDevice() if table is None else ProfiledDevice(table, noise=noise, seed=seed)
+
             results.append(
                 run_scenario(
                     scenario,
                     chosen,
                     device=device,
-                    acceptance=acceptance_of(
-                        rounds, chances=of_positions, seed=repeat, first_row=repeat * (job_rows or 0)
-                    ),
+                    acceptance=acceptance_of(rounds, chances=of_positions, seed=repeat, first_row=first_row),
                     seed=repeat,
                     counts_planning=count_planning,
                 )
             )
+            first_row += len(scenario.rows(device()))
         found.append(as_dict(sum(results[1:], results[0])))
         took_s = time.perf_counter() - started
         sys.stderr.write(f"{scenario.name}, {scenario.concurrency} rows: {took_s:.1f} s\n")

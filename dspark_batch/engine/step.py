@@ -135,13 +135,15 @@ class StepRunner:
         assert spare >= 0, "more rows than max_step_tokens"
         share = (spare // 2 if num_pending else spare) // max(1, len(rows))
         # The anchor's own prediction is always emitted, so a draft is one shorter than what is left.
-        limits = [min(share, row.max_new_tokens - row.num_output - 1) for row in rows]
+        num_left = [row.max_new_tokens - row.num_output for row in rows]
+        limits = [min(share, left - 1) for left in num_left]
         return RoundLoad(
             handles=[row.draft_row.handle for row in rows],
             limits=limits,
             num_prefill_tokens=min(num_pending, spare),
             num_queued=num_queued,
             context_tokens=sum(row.kv_len for row in rows) / max(1, len(rows)),
+            num_left=num_left,
         )
 
     def _draft(self, rows: Sequence[RowState], load: RoundLoad) -> tuple[DraftBlock, int, float]:

@@ -12,6 +12,7 @@ import torch
 from dspark_batch.core import SamplingParams
 from dspark_batch.drafters.base import Committed, Drafter, DraftRow
 from dspark_batch.engine.config import EngineConfig
+from dspark_batch.models.kernels.library import load_kernels
 from dspark_batch.models.runner import TargetRunner
 from dspark_batch.models.sources import cache_dir
 from dspark_batch.provenance import device_facts, versions
@@ -63,13 +64,18 @@ def cost_key(target: TargetRunner, drafter: Drafter, config: EngineConfig, *, ta
     """What decides the times of this target and drafter."""
     facts, known = device_facts(), versions()
     is_cuda = target.device.type == "cuda"
+    built = [f"{name} {known.get(name, 'unknown')}" for name in _VERSIONS]
+    if not is_cuda:
+        # The library's name is a digest of its sources, its compiler and the CPU's features.
+        kernels = load_kernels()
+        built.append(f"kernels {kernels.path.stem if kernels is not None else 'off'}")
     return CostKey(
         device=torch.cuda.get_device_name(target.device) if is_cuda else f"{facts.cpu} ({facts.num_cpus} usable)",
         threads=torch.get_num_threads(),
         target=target_fingerprint,
         dtype=str(target.dtype).removeprefix("torch."),
         drafter=f"{drafter.name}, {drafter.max_draft_tokens} tokens, taps {drafter.taps}, {config.drafter_path}",
-        versions=tuple(f"{name} {known.get(name, 'unknown')}" for name in _VERSIONS),
+        versions=tuple(built),
     )
 
 

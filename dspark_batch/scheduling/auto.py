@@ -1,6 +1,6 @@
 """``schedule: auto``: draft where it pays, as long as it pays, judged by measured cost and observed acceptance.
 
-Per round: a gate decides whether to draft at all (by what drafting saved lately at this number of rows), the acceptance
+Per round: a gate decides whether to draft at all (by what drafting saved lately in rounds of its kind), the acceptance
 history how long, and after the draft its own word which tokens to verify. The objective is emitted tokens per second,
 drafting included. Choices depend on step times; so in coupled mode outputs do not depend on them, and in the rejection
 modes sampled drafts are cut by rules that have not seen what they cut.
@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dspark_batch.metrics import PlanReason
-from dspark_batch.scheduling.cost import DraftCost, StepCost
+from dspark_batch.scheduling.cost import DraftCost, Seen, StepCost
 from dspark_batch.scheduling.exploration import Exploration
 from dspark_batch.scheduling.gate import Gate
 from dspark_batch.scheduling.lengths import (
@@ -32,7 +32,7 @@ from dspark_batch.scheduling.planner import LaggedBudgets, admit, admit_early_st
 from dspark_batch.scheduling.policies import RoundLoad, RoundOutcome, is_one_hot
 from dspark_batch.scheduling.prices import Prices
 from dspark_batch.scheduling.shadow import ShadowLabels, labels_of_round
-from dspark_batch.scheduling.standing import FullDrafts, Pace, PlainRounds, StandingPlan, rounds_to_stand
+from dspark_batch.scheduling.standing import FullDrafts, Pace, PlainRounds, StandingPlan, StandingPlans
 from dspark_batch.scheduling.survival import FEW_TOKENS, FlatDraft, SurvivalModel
 from dspark_batch.scheduling.worth import RowWorth
 from dspark_batch.tensors import DraftBlock, VerifyPlan
@@ -52,6 +52,9 @@ _PROMISING = 0.02
 _SHORT_DRAFT_TOKENS = 4
 _YOUNG_LABELS = 512
 _FEWEST_LABELS = 16
+_PROBES_PER_CHECK = 4
+_CHECKED_SHARE = 0.5
+"""Of a plain step, that the tokens of a check may take."""
 
 
 @dataclass(slots=True, eq=False)
@@ -109,8 +112,7 @@ class AutoLength:
         self._num_probes = 0
         self._plain_rounds = PlainRounds()
         self._handles: Sequence[int] = ()
-        self._num_finished = 0
-        self._plans: dict[tuple[Kind, bool], StandingPlan] = {}
+        self._plans = StandingPlans()
         self._standing: StandingPlan | None = None
         self._pace = Pace()
         self._asked_rows = AskedRows()
@@ -124,17 +126,19 @@ class AutoLength:
 
     def draft_lengths(self, load: RoundLoad) -> Sequence[int]:
         self._round = self._standing = None
-        self._kind = len(load.handles).bit_length(), self._worth.differs(load)
+        if load.handles != self._handles:
+            self._note_finished(load)
+        self._kind = len(load.handles).bit_length(), self._worth.may_differ(load)
         gate = self._gates.get(self._kind)
-        if gate is not None and load.handles == self._handles and gate.rests():
+        if gate is not None and gate.rests():
             self._reason = PlanReason.PAUSED
             return [0] * len(load.handles)
         if not any(load.limits):
             self._reason = PlanReason.AT_LIMIT
             return [0] * len(load.handles)
-        if gate is not None and (standing := self._standing_lengths(load, gate)) is not None:
-            self._reason = PlanReason.STANDING
-            return standing
+        if gate is not None and (standing := self._plans.find(self._kind, gate, load)) is not None:
+            self._standing, self._reason = standing, PlanReason.STANDING
+            return standing.asked
         limits = np.minimum(np.array(load.limits, np.int64), self._max_draft_tokens)
         lengths = self._choose_lengths(load, limits)
         if lengths.any():
@@ -146,6 +150,8 @@ class AutoLength:
 
     def verify_plan(self, load: RoundLoad, draft: DraftBlock) -> VerifyPlan:
         if self._standing is not None:
+            if self._standing.price <= 0.0:
+                return VerifyPlan(verify_len=list(map(len, draft.token_ids)))
             prices = self._standing.prices(load.handles)
             return VerifyPlan(verify_len=self._model.lengths_above(draft, prices))
         current = self._round
@@ -159,22 +165,24 @@ class AutoLength:
         if self.cost is None:
             return VerifyPlan(verify_len=flat.offered.tolist())
         if not len(flat.row):
-            if not current.is_probe:
+            if current.is_probe:
+                current.promise = self._prices.promise(load, current.asked, np.zeros(0), worth=self._row_worth)
+            else:
                 self._reason = PlanReason.NO_OFFER
-            current.promise = self._prices.promise(load, current.asked, np.zeros(0)) if current.is_probe else None
             return VerifyPlan(verify_len=flat.offered.tolist())
         if current.is_probe and not current.may_follow:
             return VerifyPlan(verify_len=flat.offered.tolist())
-        survival = self._survival(load, flat)
+        value = self._value(load, flat)
         if current.is_probe:
             if self._model.num_labels < _FEWEST_LABELS:
                 return VerifyPlan(verify_len=[0] * len(flat.offered))
-            current.promise = self._prices.promise(load, current.asked, survival)
-        lengths = self._verify_lengths(load, current, survival, is_legal=is_legal)
+            current.promise = self._prices.promise(load, current.asked, value, worth=self._row_worth)
+        lengths = self._verify_lengths(load, current, value, is_legal=is_legal)
+        if current.is_probe and not load.num_prefill_tokens:
+            lengths = np.maximum(lengths, self._lengths_to_check(load, flat))
         if not lengths.any() and not current.is_probe:
             self._reason = PlanReason.NOT_WORTH_IT
-        chosen: list[int] = lengths.tolist()
-        return VerifyPlan(verify_len=chosen)
+        return VerifyPlan(verify_len=lengths.tolist())
 
     def observe(self, load: RoundLoad, outcome: RoundOutcome) -> None:
         current, self._round = self._round, None
@@ -183,33 +191,33 @@ class AutoLength:
         self._sees_tokens = outcome.emitted is not None
         self._shadows.follow(load.handles, outcome.emitted)
         self._worth.observe(load, outcome)
+        num_rows = len(load.handles)
+        self._plain_rounds.count(num_rows, num_step_tokens=outcome.num_step_tokens)
         if self._standing is not None:
             self._standing.note(load, outcome)
             self._pace.skip()
-            self._plain_rounds.note_drafted()
+            self._plain_rounds.num_drafted += 1
             return
-        num_rows = len(load.handles)
         is_lesson = current.is_lesson if current is not None else self._pace.is_lesson(is_young=False)
-        is_lesson |= self._reason is PlanReason.PLAIN_STEP or not self.cost.is_trusted(
-            outcome.num_step_tokens, num_rows=num_rows
-        )
+        is_lesson |= self._reason is PlanReason.PLAIN_STEP
+        is_lesson |= self.cost.seen(outcome.num_step_tokens, num_rows=num_rows) is not Seen.AS_EXPECTED
         if is_lesson and not outcome.is_mostly_prompt:
             # Prompt tokens need no logits: a step that is mostly prompt would look too cheap for its size.
             self.cost.observe(
                 outcome.num_step_tokens, outcome.step_s, num_rows=num_rows, context_tokens=load.context_tokens
             )
         if current is None or current.flat is None:
-            self._plain_rounds.note_plain(num_rows, is_alone=not outcome.num_prefill_tokens)
+            self._plain_rounds.num_drafted = 0
             return
         num_drafting = int(np.count_nonzero(current.asked))
         self.draft_cost.observe(num_drafting, int(current.asked.max()), outcome.draft_s)
         gate = self._gates[self._kind]
         if current.is_probe:
-            plain_s = self._prices.plain_s(load)
             self._learn_from_probe(load, current, outcome)
-            gate.observe_probe(current.promise, num_rows=num_drafting, cost_share=outcome.draft_s / plain_s)
+            cost_share = outcome.draft_s / self._prices.plain_s(load)
+            gate.observe_probe(current.promise, num_rows=num_drafting, cost_share=cost_share)
             return
-        self._plain_rounds.note_drafted()
+        self._plain_rounds.num_drafted += 1
         assert current.draft is not None, "set by verify_plan"
         if current.is_lesson:
             labels = labels_of_round(current.draft, current.flat, outcome, may_follow=current.may_follow)
@@ -218,31 +226,15 @@ class AutoLength:
         is_small = num_rows * self._max_draft_tokens <= FEW_TOKENS
         if is_small and gate.pays and current.price is not None and self._model.num_labels >= _FEWEST_LABELS:
             asked: list[int] = current.asked.tolist()
-            self._plans[self._kind, load.num_prefill_tokens > 0] = StandingPlan.of_round(
+            plan = StandingPlan.of_round(
                 load,
                 asked,
                 most=self._max_draft_tokens,
                 price=current.price,
                 plain_s=self._prices.plain_s(load),
-                num_rounds=rounds_to_stand(saving=gate.saved, num_rounds=gate.num_rounds),
                 worth=self._row_worth,
             )
-
-    def _standing_lengths(self, load: RoundLoad, gate: Gate) -> list[int] | None:
-        """[R] lengths of the plan that stands for rounds like this one. Where it has come to its end, its rounds count
-        for the gate like one round that saved their mean."""
-        kind = self._kind, load.num_prefill_tokens > 0
-        plan = self._plans.get(kind)
-        if plan is None:
-            return None
-        lengths = plan.lengths(load) if gate.is_open else None
-        if lengths is not None:
-            self._standing = plan
-            return lengths
-        del self._plans[kind]
-        if gate.is_open and plan.num_seen:
-            gate.observe(plan.saved / plan.num_seen, num_rows=plan.num_rows, num_rounds=plan.num_seen)
-        return None
+            self._plans.put(self._kind, gate, load, plan)
 
     def _choose_lengths(self, load: RoundLoad, limits: Ints) -> Ints:
         """[R] lengths to ask for; sets the reason."""
@@ -250,19 +242,18 @@ class AutoLength:
         if self.cost is None:
             self._reason = PlanReason.NO_TABLE
             return limits
-        self._note_finished(load)
         num_rows = len(limits)
         self._row_worth = None
-        if self._worth.differs(load):
-            one_s, all_s = self._prices.one_s(load), self._prices.plain_s(load)
-            self._row_worth = self._worth.of_rows(load, one_s=one_s, all_s=all_s)
+        if self._kind[1]:
+            share_of_rows = self._prices.share_of_rows(load)
+            self._row_worth = self._worth.of_rows(load.num_left, share_of_rows=share_of_rows)
         gate = self._gate(load, limits)
         if not gate.is_open:
             is_due = gate.is_probe_due()
             self._reason = PlanReason.EXPLORE if is_due else PlanReason.PAUSED
             return self._probe_lengths(load, limits) if is_due else nothing
-        is_trusted = self.cost.is_trusted(num_rows, num_rows=num_rows)
-        if not load.num_prefill_tokens and self._plain_rounds.is_due(gate, num_rows, is_trusted=is_trusted):
+        seen = self._prices.seen(load, 0)
+        if not load.num_prefill_tokens and self._plain_rounds.is_due(gate, num_rows, seen=seen):
             self._reason = PlanReason.PLAIN_STEP
             return nothing
         lengths = self._lengths_to_ask(load, limits)
@@ -277,8 +268,7 @@ class AutoLength:
     def _probe_lengths(self, load: RoundLoad, limits: Ints) -> Ints:
         """Full drafts for all rows where that costs next to nothing, else for a few, which take turns."""
         num_rows = len(limits)
-        able = np.flatnonzero(limits)
-        longest = int(limits.max())
+        able, longest = np.flatnonzero(limits), int(limits.max())
         plain_s = self._prices.plain_s(load)
         count = max(1, num_rows // _PROBED_SHARE)
         has_free_labels = self._may_use_draft and self._sees_tokens
@@ -287,6 +277,8 @@ class AutoLength:
             if all_s < max(CHEAP_DRAFT * plain_s, _HARDLY_DEARER * few_s):
                 count = num_rows
         chosen = np.roll(able, -(self._num_probes * count) % len(able))[:count]
+        if self._row_worth is not None:
+            chosen = able[np.argsort(-self._row_worth[able], kind="stable")[:count]]
         self._num_probes += 1
         if self._gates[self._kind].is_stale:
             self._model.age()
@@ -300,15 +292,15 @@ class AutoLength:
     def _lengths_to_ask(self, load: RoundLoad, limits: Ints) -> Ints:
         """[R] lengths of an open gate. Where the drafter says which of its tokens are good, drafts are asked for in
         full, and trimmed afterwards."""
-        num_rows, longest = len(limits), int(limits.max(initial=0))
-        plain_s = self._prices.plain_s(load)
+        num_rows, longest, plain_s = len(limits), int(limits.max(initial=0)), self._prices.plain_s(load)
         row_s = row_seconds(self.draft_cost, num_rows=num_rows, longest=longest)
         is_by_token = costs_by_token(self.draft_cost, num_rows=num_rows, longest=longest, plain_s=plain_s)
         if self._model.has_signal and not is_by_token and num_rows * row_s < CHEAP_DRAFT * plain_s:
             return limits * self._asked_rows.choose(load.handles, np.ones(num_rows, bool))
         if not self._model.has_signal or is_by_token:
             lengths, _ = self._best_lengths(load, limits)
-            return np.minimum(limits, lengths.max(initial=0)) if self._model.has_signal else lengths
+            is_asked = lengths > 0 if self._row_worth is not None else np.ones(num_rows, bool)
+            return is_asked * np.minimum(limits, lengths.max(initial=0)) if self._model.has_signal else lengths
         token_s = self._prices.token_s(load, num_rows * self._max_draft_tokens)
         worth = rows_worth_drafting(self._expected(load), plain_s=plain_s, row_s=row_s, token_s=token_s)
         return limits * self._asked_rows.choose(load.handles, worth)
@@ -318,10 +310,22 @@ class AutoLength:
         survival = self._model.history.survival(load.handles, self._max_draft_tokens)
         return survival if self._row_worth is None else survival * self._row_worth[:, None]
 
-    def _survival(self, load: RoundLoad, flat: FlatDraft) -> Floats:
-        """[N] chance of each drafted token, times its worth."""
+    def _value(self, load: RoundLoad, flat: FlatDraft) -> Floats:
+        """[N] chance that each drafted token stands, times its worth."""
         survival = self._model.of_draft(load.handles, flat)
         return survival if self._row_worth is None else survival * self._row_worth[flat.row]
+
+    def _lengths_to_check(self, load: RoundLoad, flat: FlatDraft) -> Ints:
+        """[R] drafted tokens to verify for nothing but their cost: a few, now and then while such a size was not seen,
+        and whenever it was not as expected. While a gate is closed, a table that has tokens too dear would not be found
+        out."""
+        num_rows, plain_s = len(load.handles), self._prices.plain_s(load)
+        extra_s = self._prices.step_seconds(load)(np.arange(1.0, len(flat.row) + 1)) - plain_s
+        count = max(1, int(np.searchsorted(extra_s, _CHECKED_SHARE * plain_s, side="right")))
+        seen, is_turn = self._prices.seen(load, count), self._num_probes % _PROBES_PER_CHECK == 0
+        is_due = seen is Seen.DIFFERENT or (seen is Seen.NEVER and is_turn)
+        lengths: Ints = np.bincount(flat.row[: count * is_due], minlength=num_rows)
+        return lengths
 
     def _best_lengths(self, load: RoundLoad, limits: Ints) -> tuple[Ints, float]:
         return best_lengths(
@@ -333,18 +337,19 @@ class AutoLength:
             draft_cost=self.draft_cost,
         )
 
-    def _verify_lengths(self, load: RoundLoad, current: _Round, survival: Floats, *, is_legal: bool) -> Ints:
+    def _verify_lengths(self, load: RoundLoad, current: _Round, value: Floats, *, is_legal: bool) -> Ints:
         assert current.flat is not None, "set by verify_plan"
         flat, num_rows = current.flat, len(load.handles)
         draft_s = self.draft_cost.seconds(int(np.count_nonzero(current.asked)), int(current.asked.max()))
         rule = admit if is_legal or flat.features is None else self._admit_causally
         step_seconds = self._prices.step_seconds(load)
-        admitted = rule(survival, num_rows=num_rows, step_seconds=step_seconds, draft_s=draft_s)
+        admitted = rule(value, num_rows=num_rows, step_seconds=step_seconds, draft_s=draft_s)
         lengths: Ints = np.bincount(flat.row[admitted.mask], minlength=num_rows)
         if is_legal and flat.features is not None:
             current.price = admitted.price
-            if current.is_lesson and not current.is_probe and self._full_drafts.are_due(admitted.gain):
-                lengths = flat.offered
+            if current.is_lesson and not current.is_probe:
+                seen = self._prices.seen(load, len(flat.row))
+                lengths = flat.offered if self._full_drafts.are_due(admitted.gain, seen=seen) else lengths
         elif admitted.mask.all() and all(current.asked >= np.minimum(load.limits, self._max_draft_tokens)):
             current.price = 0.0
         if not current.may_follow:
@@ -362,11 +367,11 @@ class AutoLength:
         labels = labels_of_round(current.draft, current.flat, outcome, may_follow=False)
         self._model.observe(load.handles, current.flat, *labels)
         if len(current.flat.row):
-            survival = self._survival(load, current.flat)
-            current.promise = self._prices.promise(load, current.asked, survival)
+            value = self._value(load, current.flat)
+            current.promise = self._prices.promise(load, current.asked, value, worth=self._row_worth)
 
     def _gate(self, load: RoundLoad, limits: Ints) -> Gate:
-        """One gate for each octave of rows: what pays in the tail need not pay in a full batch. It begins open where
+        """One gate for each kind of rounds: what pays in the tail need not pay in a full batch. It begins open where
         what is known of the job or of the drafter promises a gain, or where a short draft for every row takes next to
         nothing."""
         num_rows = len(limits)
@@ -384,14 +389,12 @@ class AutoLength:
 
     def _note_finished(self, load: RoundLoad) -> None:
         """Finished rows teach some drafters: whenever their number has doubled, drafting is tried again."""
-        if load.handles == self._handles:
-            return
         gone = len(set(self._handles).difference(load.handles))
         self._handles = load.handles
         if gone:
-            self._worth.note_finished(gone)
             self._model.history.keep_only(load.handles)
-            if (self._num_finished + gone).bit_length() > self._num_finished.bit_length():
+            before = self._worth.num_finished
+            self._worth.num_finished += gone
+            if (before + gone).bit_length() > before.bit_length():
                 for gate in self._gates.values():
                     gate.hurry()
-            self._num_finished += gone

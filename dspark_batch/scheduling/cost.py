@@ -7,6 +7,7 @@ from bisect import bisect_left
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from enum import Enum, auto
 from itertools import groupby, pairwise
 
 import numpy as np
@@ -41,6 +42,14 @@ _FORGET = 0.98
 _CALLS_PER_FIT = 8
 _MAX_DRAFT_SURPRISE = 3.0
 _DRAFT_LEVEL_RATE = 0.1
+
+
+class Seen(Enum):
+    """Whether a size of steps was seen, and took about what was expected."""
+
+    NEVER = auto()
+    AS_EXPECTED = auto()
+    DIFFERENT = auto()
 
 
 @dataclass(slots=True)
@@ -134,11 +143,21 @@ class StepCost:
         level = math.exp(self._log_level)
         return [seconds * level for seconds in out]
 
-    def is_trusted(self, num_tokens: int, *, num_rows: int) -> bool:
-        """Whether a step of about this size was seen, and took about what was expected."""
+    def share_of_rows(self, *, num_rows: int, context_tokens: float) -> float:
+        """The share of a plain step that grows with its rows, 0 to 1, by the table; the rest is read for one row as for
+        many."""
+        if num_rows == 1:
+            return 1.0
+        one_s, all_s = (self._surface.at(n, num_rows=n, context_tokens=context_tokens) for n in (1, num_rows))
+        return min(1.0, max(0.0, num_rows / (num_rows - 1) * (1.0 - one_s / all_s)))
+
+    def seen(self, num_tokens: int, *, num_rows: int) -> Seen:
+        """What a step of about this size was like when it was last seen."""
         bend = self._bends.get(num_rows.bit_length())
         surprise = bend.last_surprise.get(_nearest(num_tokens)) if bend is not None else None
-        return surprise is not None and abs(surprise) < _TRUSTED_LOG_SURPRISE
+        if surprise is None:
+            return Seen.NEVER
+        return Seen.AS_EXPECTED if abs(surprise) < _TRUSTED_LOG_SURPRISE else Seen.DIFFERENT
 
 
 class DraftCost:

@@ -20,7 +20,7 @@ FORMAT = 2
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CostKey:
     """What a table is valid for. target, drafter: fingerprint of the weights, name and settings of the drafter.
-    versions: of torch and of this package."""
+    versions: of torch, of this package and of its kernels."""
 
     device: str
     threads: int

@@ -34,11 +34,11 @@ _SURE = 2.0
 
 @dataclass(slots=True)
 class Gate:
-    """One for each octave of rows. Savings are shares of a plain step, all costs counted.
+    """One for each kind of rounds. Savings are shares of a plain step, all costs counted.
 
     Closed, every pause ends with a probe: a draft of which only what surely pays is verified. Pauses double while
     probes of enough rows promise nothing, and are never so short that probes take more than a small share of the time,
-    but for a credit at first, and while little is known or much is promised.
+    but for a credit at first, while little is known, and while much is promised by what was not wrong before.
     Promising probes open the gate; each time that it had to be closed again more of them are asked for.
 
     saved, variance: running, over the drafted rounds since it was opened. balance: their sum, within bounds. promise:
@@ -89,7 +89,8 @@ class Gate:
             self.num_probed_rows += num_rows
             memory = max(_PROBE_MEMORY, _PROBED_ROWS_TO_JUDGE // num_rows)
             self.promise += (promise - self.promise) / min(self.num_probes, memory)
-            is_promising, is_urgent = self.promise > _PROMISING, self.promise > _MUCH
+            is_promising = self.promise > _PROMISING
+            is_urgent = self.promise > _MUCH and self.probes_needed == _FEWEST_PROBES
             if is_promising and self.num_probes >= self.probes_needed:
                 self.is_open = True
                 self.saved = self.variance = self.balance = 0.0

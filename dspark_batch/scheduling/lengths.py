@@ -29,7 +29,7 @@ def costs_by_token(draft_cost: DraftCost, *, num_rows: int, longest: int, plain_
 
 def best_lengths(
     limits: Ints,
-    survival: Floats,
+    value: Floats,
     *,
     offered: Floats,
     step_seconds: StepSeconds,
@@ -39,8 +39,8 @@ def best_lengths(
     """[R] lengths with the best expected tokens per second, all 0 where plain decoding has it; and what they save, as a
     factor on the rate of plain decoding, 1 for nothing.
 
-    limits: [R]. survival: [R, K] by row and position. offered: [K] how often the drafter has a token for a position.
-    Several longest lengths are tried where drafting costs by the token.
+    limits: [R]. value: [R, K] survival by row and position, times the worth of the row's tokens. offered: [K] how often
+    the drafter has a token for a position. Several longest lengths are tried where drafting costs by the token.
     """
     num_rows, longest = len(limits), int(limits.max(initial=0))
     is_by_token = costs_by_token(draft_cost, num_rows=num_rows, longest=longest, plain_s=plain_s)
@@ -50,14 +50,20 @@ def best_lengths(
     while longest:
         allowed = np.minimum(limits, longest)
         row, position = np.repeat(np.arange(num_rows), allowed), positions(allowed)
-        admitted = admit(
-            survival[row, position],
-            num_rows=num_rows,
-            step_seconds=step_seconds,
-            draft_s=draft_cost.seconds(num_rows, longest),
-            offered=offered[position],
-        )
-        lengths: Ints = np.bincount(row[admitted.mask], minlength=num_rows)
+        num_drafting = int(np.count_nonzero(allowed))
+        for _ in range(2):
+            admitted = admit(
+                value[row, position],
+                num_rows=num_rows,
+                step_seconds=step_seconds,
+                draft_s=draft_cost.seconds(num_drafting, longest),
+                offered=offered[position],
+            )
+            lengths: Ints = np.bincount(row[admitted.mask], minlength=num_rows)
+            # Rows that get nothing are not drafted for: the draft is cheaper, and fewer tokens are worth it.
+            if np.count_nonzero(lengths) in (0, num_drafting):
+                break
+            num_drafting = int(np.count_nonzero(lengths))
         if admitted.tokens_per_s > best_rate:
             best_rate, best = admitted.tokens_per_s, lengths
         if not is_by_token:
@@ -74,13 +80,13 @@ def row_seconds(draft_cost: DraftCost, *, num_rows: int, longest: int) -> float:
     return (draft_cost.seconds(num_rows, longest) - draft_cost.seconds(half, longest)) / (num_rows - half)
 
 
-def rows_worth_drafting(survival: Floats, *, plain_s: float, row_s: float, token_s: float) -> Bools:
+def rows_worth_drafting(value: Floats, *, plain_s: float, row_s: float, token_s: float) -> Bools:
     """[R] whether a row's expected accepted tokens are worth the ``row_s`` seconds that it adds to the draft.
 
-    survival: [R, K], times the worth of the row's tokens. A token is worth what it takes to decode it plainly, less the
-    ``token_s`` seconds of its verification.
+    value: [R, K] survival, times the worth of the row's tokens. A token is worth what it takes to decode it plainly,
+    less the ``token_s`` seconds of its verification.
     """
-    gains = np.maximum(0.0, survival * plain_s / len(survival) - token_s).sum(1)
+    gains = np.maximum(0.0, value * plain_s / len(value) - token_s).sum(1)
     worth: Bools = gains > row_s
     return worth
 

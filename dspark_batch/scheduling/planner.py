@@ -44,10 +44,11 @@ def admit(
 ) -> Admitted:
     """The set of tokens with the best rate (num_rows + their survivals) / (draft_s + step_seconds(number of them)).
 
-    survival: [N], within a row nonincreasing and in draft order; of equal survivals the earlier is taken first, so that
-    the set is a prefix of every row's draft. offered: [N] how much each token counts: the chance that it will exist at
-    all, where the draft is yet to be made, or how many rows it stands for. Every subset size is tried (the cost may
-    have steps), so the choice depends on all tokens: not for sampled drafts under rejection.
+    survival: [N], or its product with what a row's tokens are worth; within a row nonincreasing and in draft order. Of
+    equal ones the earlier is taken first, so that the set is a prefix of every row's draft. offered: [N] how much each
+    token counts: the chance that it will exist at all, where the draft is yet to be made, or how many rows it stands
+    for. Every subset size is tried (the cost may have steps), so the choice depends on all tokens: not for sampled
+    drafts under rejection.
     """
     ranked = _rank(survival, offered, num_rows=num_rows)
     rates = ranked.rates(step_seconds=step_seconds, draft_s=draft_s)
@@ -120,7 +121,7 @@ class _Ranked:
         if not len(self.survival):
             return 0.0
         least = float(self.survival[count]) if count < len(self.survival) else 0.0
-        most = float(self.survival[count - 1]) if count else 1.0
+        most = float(self.survival[count - 1]) if count else max(1.0, 2.0 * least)
         first_s, last_s = ((self.num_rows + self.num_accepted[[0, -1]]) / rates[[0, -1]]).tolist()
         price = float(rates[count] * (last_s - first_s) / self.num_tokens[-1])
         return price if least < price < most else (least + most) / 2

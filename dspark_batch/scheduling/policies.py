@@ -16,7 +16,7 @@ class RoundLoad:
 
     handles[r]: the row's ``DraftRow.handle``. num_prefill_tokens: prompt tokens that admitted rows still have to
     compute, as far as a step has room for them. num_queued: samples that wait for a place. context_tokens: mean KV
-    length of the rows.
+    length of the rows. num_left[r]: tokens that the row may still emit; () where nobody knows. ``limits`` may be less.
     """
 
     handles: Sequence[int]
@@ -24,6 +24,7 @@ class RoundLoad:
     num_prefill_tokens: int
     num_queued: int
     context_tokens: float = 0.0
+    num_left: Sequence[int] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from dspark_batch.scheduling.cost import DraftCost, StepCost
+from dspark_batch.scheduling.cost import DraftCost, Seen, StepCost
 from dspark_batch.scheduling.planner import StepSeconds, admit
 from dspark_batch.scheduling.policies import RoundLoad, RoundOutcome
 
@@ -25,9 +25,14 @@ class Prices:
         num_rows = len(load.handles)
         return self._cost.at([num_rows], num_rows=num_rows, context_tokens=load.context_tokens)[0]
 
-    def one_s(self, load: RoundLoad) -> float:
-        """Seconds of a step that decodes one such row plainly."""
-        return self._cost.at([1], num_rows=1, context_tokens=load.context_tokens)[0]
+    def seen(self, load: RoundLoad, num_extra: int) -> Seen:
+        """The round's step with so many drafted tokens in it."""
+        num_rows = len(load.handles)
+        return self._cost.seen(num_rows + load.num_prefill_tokens + num_extra, num_rows=num_rows)
+
+    def share_of_rows(self, load: RoundLoad) -> float:
+        """The share of a plain step that grows with its rows."""
+        return self._cost.share_of_rows(num_rows=len(load.handles), context_tokens=load.context_tokens)
 
     def token_s(self, load: RoundLoad, num_extra: int) -> float:
         """Seconds that one of so many drafted tokens adds to the step, on average."""
@@ -50,19 +55,19 @@ class Prices:
 
         return step_seconds
 
-    def promise(self, load: RoundLoad, asked: Ints, survival: Floats) -> float:
-        """What drafting would save, in plain steps, if all rows drafted as those that were asked did. survival: [N] of
-        their tokens, times their worth."""
-        num_rows = len(load.handles)
-        stands_for = num_rows / int(np.count_nonzero(asked))
-        draft_s = self._draft_cost.seconds(num_rows, int(asked.max()))
+    def promise(self, load: RoundLoad, asked: Ints, value: Floats, *, worth: Floats | None) -> float:
+        """What drafting would save, in plain steps, if all rows drafted as those that were asked did; or, where rows
+        have a ``worth`` of their own, if only those did. value: [N] survival of their tokens, times that."""
+        num_rows, num_asked, is_of_all = len(load.handles), int(np.count_nonzero(asked)), worth is None
+        stands_for = num_rows / num_asked if is_of_all else 1.0
+        draft_s = self._draft_cost.seconds(num_rows if is_of_all else num_asked, int(asked.max()))
         step_seconds = self.step_seconds(load)
         admitted = admit(
-            survival,
+            value,
             num_rows=num_rows,
             step_seconds=step_seconds,
             draft_s=draft_s,
-            offered=np.full(len(survival), stands_for),
+            offered=np.full(len(value), stands_for),
         )
         before_s, after_s = step_seconds(np.array([0.0, admitted.num_tokens])).tolist()
         return float(admitted.num_accepted / num_rows - (after_s - before_s + draft_s) / before_s)

@@ -1,13 +1,15 @@
-"""What a planned round leaves to the next ones: at a few rows a plan and a lesson take longer than they can gain."""
+"""What a planned round leaves to the next ones, as a plan and a lesson may take longer than they can gain; and which
+rounds are lessons, or plain, for what they teach."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
+from dspark_batch.scheduling.cost import Seen
 from dspark_batch.scheduling.gate import Gate
 from dspark_batch.scheduling.policies import RoundLoad, RoundOutcome
 
@@ -40,9 +42,10 @@ class StandingPlan:
     """A plan that stands for a few rounds of about as many rows.
 
     most_tokens: to ask for, by handle of those that are asked for less than the others, who are asked for ``most``.
-    price: survival from which tokens are verified. Set before the rounds that use it, so it is legal in every
-    verification mode. plain_s: seconds of a plain step. num_seen: rounds without prompt tokens; saved: what they saved
-    in all, in plain steps.
+    price: survival, times the worth of the row's tokens, from which tokens are verified. Set before the rounds that use
+    it, so it is legal in every verification mode. plain_s: seconds of a plain step. worth: by handle; None where all
+    rows are alike. asked: [R] of the latest round that kept to it. num_left: rounds for which it stands. num_seen:
+    rounds that were judged; saved: what they saved in all, in plain steps.
     """
 
     num_rows: int
@@ -50,8 +53,9 @@ class StandingPlan:
     most_tokens: Mapping[int, int]
     price: float
     plain_s: float
-    num_left: int
     worth: Mapping[int, float] | None = None
+    asked: list[int] = field(default_factory=list)
+    num_left: int = _ROUNDS
     num_seen: int = 0
     saved: float = 0.0
 
@@ -64,24 +68,23 @@ class StandingPlan:
         most: int,
         price: float,
         plain_s: float,
-        num_rounds: int,
         worth: Floats | None = None,
     ) -> StandingPlan:
         """What a round asked its rows for, of a drafter of ``most`` tokens. worth: [R], of their tokens."""
         limited = zip(load.handles, load.limits, asked, strict=True)
         less = {handle: num for handle, limit, num in limited if num < min(limit, most)}
-        longest = max(asked) if len(less) == len(asked) else most
+        longest = max((num for limit, num in zip(load.limits, asked, strict=True) if limit >= most), default=most)
         by_handle = None if worth is None else dict(zip(load.handles, worth.tolist(), strict=True))
-        return cls(len(asked), longest, less, price, plain_s, num_rounds, by_handle)
+        return cls(len(asked), longest, less, price, plain_s, by_handle)
 
-    def lengths(self, load: RoundLoad) -> list[int] | None:
-        """[R] tokens to ask for in this round; None where it has to be planned."""
+    def keeps(self, load: RoundLoad) -> bool:
+        """Whether this round may keep to the plan, and then what it ``asked`` for; else it has to be planned."""
         if not self.num_left or not _FEWEST_ROWS * self.num_rows <= len(load.handles) <= self.num_rows:
-            return None
+            return False
         self.num_left -= 1
         most, by_handle = self.most, self.most_tokens
-        lengths = [min(limit, by_handle.get(h, most)) for h, limit in zip(load.handles, load.limits, strict=True)]
-        return lengths if any(lengths) else None
+        self.asked = [min(limit, by_handle.get(h, most)) for h, limit in zip(load.handles, load.limits, strict=True)]
+        return any(self.asked)
 
     def prices(self, handles: Sequence[int]) -> list[float]:
         """[R] survival from which a row's tokens are verified."""
@@ -90,8 +93,11 @@ class StandingPlan:
         return [self.price / self.worth.get(handle, 1.0) for handle in handles]
 
     def note(self, load: RoundLoad, outcome: RoundOutcome) -> None:
-        """One of its rounds is over. Sums are all that a round can afford; they are judged when the plan has ended."""
-        if outcome.num_prefill_tokens:
+        """One of its rounds is over. Sums are all that a round can afford; they are judged when the plan has ended.
+
+        Only rounds without prompts and of as many rows can be compared with the planned one's plain step.
+        """
+        if outcome.num_prefill_tokens or len(load.handles) < self.num_rows:
             return
         took = min((outcome.draft_s + outcome.step_s) / self.plain_s, _LONGEST_ROUND)
         gained: float = sum(outcome.num_accepted)
@@ -102,10 +108,42 @@ class StandingPlan:
         self.saved += gained / len(load.handles) - (took - 1.0)
 
 
-def rounds_to_stand(*, saving: float, num_rounds: int) -> int:
-    """How long a plan stands. saving: what drafting saves a round, in plain steps. num_rounds: that this is known from;
-    the first plans stand for less."""
-    return min(_ROUNDS_IF_CLEAR if saving > CLEAR_SAVING else _ROUNDS, 2 * num_rounds)
+class StandingPlans:
+    """One for each kind of rounds, with and without prompt tokens, so that rounds of several kinds which take turns do
+    not end each other's."""
+
+    def __init__(self) -> None:
+        self._by_kind: dict[Hashable, dict[bool, StandingPlan]] = {}
+
+    def find(self, kind: Hashable, gate: Gate, load: RoundLoad) -> StandingPlan | None:
+        """The plan that this round keeps to, with the tokens it asks for; None where the round has to be planned.
+
+        When a plan has come to its end, its rounds count for the gate like one round that saved their mean. With a
+        closed gate none stands.
+        """
+        plans = self._by_kind.get(kind)
+        if not plans:
+            return None
+        if not gate.is_open:
+            plans.clear()
+            return None
+        has_prompts = load.num_prefill_tokens > 0
+        plan = plans.get(has_prompts)
+        if plan is None or plan.keeps(load):
+            return plan
+        del plans[has_prompts]
+        if plan.num_seen:
+            gate.observe(plan.saved / plan.num_seen, num_rows=plan.num_rows, num_rounds=plan.num_seen)
+        return None
+
+    def put(self, kind: Hashable, gate: Gate, load: RoundLoad, plan: StandingPlan) -> None:
+        """Let a plan stand: the longer, the more drafting is seen to save, and as far as that is known. What prompts
+        share a step with, and what a row is worth in a draining batch, is soon different."""
+        has_prompts = load.num_prefill_tokens > 0
+        is_passing = has_prompts or plan.worth is not None
+        most = _ROUNDS_IF_CLEAR if gate.saved > CLEAR_SAVING and not is_passing else _ROUNDS
+        plan.num_left = min(most, 2 * gate.num_rounds)
+        self._by_kind.setdefault(kind, {})[has_prompts] = plan
 
 
 @dataclass(slots=True)
@@ -137,41 +175,37 @@ class FullDrafts:
 
     num_cuts: int = 0
 
-    def are_due(self, gain: float) -> bool:
-        """gain: of the best cut of this round's drafts, as a share of the rate. Call once for every round that is
-        learned from."""
-        if not 0.0 < gain < _DEAREST_IN_FULL:
+    def are_due(self, gain: float, *, seen: Seen) -> bool:
+        """Call once for every round that is learned from. gain: of the best cut of its drafts, as a share of the rate.
+        seen: a step with all of them."""
+        if gain <= 0.0 or (gain >= _DEAREST_IN_FULL and seen is Seen.AS_EXPECTED):
             return False
         self.num_cuts += 1
-        return self.num_cuts % _IN_FULL_EVERY == 0
+        return seen is Seen.DIFFERENT or self.num_cuts % _IN_FULL_EVERY == 0
 
 
 @dataclass(slots=True)
 class PlainRounds:
     """Only drafted rounds would leave the cost of plain decoding to the table, so one in many is plain.
 
-    num_drafted: in a row. seen_at: the round in which such a number of rows, by octave, was last decoded alone.
+    num_drafted: in a row, kept by the caller. seen_at: the round in which so many rows, by octave, were last decoded
+    with nothing else in the step.
     """
 
     num_rounds: int = 0
     num_drafted: int = 0
     seen_at: dict[int, int] = field(default_factory=dict)
 
-    def note_drafted(self) -> None:
+    def count(self, num_rows: int, *, num_step_tokens: int) -> None:
+        """Call once for every round."""
         self.num_rounds += 1
-        self.num_drafted += 1
-
-    def note_plain(self, num_rows: int, *, is_alone: bool) -> None:
-        """is_alone: no prompt tokens shared the step."""
-        self.num_rounds += 1
-        self.num_drafted = 0
-        if is_alone:
+        if num_step_tokens == num_rows:
             self.seen_at[num_rows.bit_length()] = self.num_rounds
 
-    def is_due(self, gate: Gate, num_rows: int, *, is_trusted: bool) -> bool:
-        """is_trusted: whether what such a round would cost is well known."""
+    def is_due(self, gate: Gate, num_rows: int, *, seen: Seen) -> bool:
+        """seen: such a round."""
         wait = _PLAIN_EVERY_IF_CLEAR if gate.pays and gate.saved > CLEAR_SAVING else _PLAIN_EVERY
-        if not is_trusted:
+        if seen is not Seen.AS_EXPECTED:
             wait = _PLAIN_EVERY_IN_DOUBT
         if self.num_drafted < wait:
             return False

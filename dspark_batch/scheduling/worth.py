@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -12,6 +14,7 @@ Floats = NDArray[np.float64]
 _LEAST_SHARE = 0.1
 _NEARLY_ALIKE = 1.05
 _LEAST = 0.05
+"""Never nothing: survivals are compared with prices divided by it."""
 
 
 class RowWorth:
@@ -25,42 +28,38 @@ class RowWorth:
     """
 
     def __init__(self) -> None:
-        self._num_finished = 0
+        self.num_finished = 0
         self._num_at_limit = 0
-
-    def note_finished(self, count: int) -> None:
-        self._num_finished += count
 
     def observe(self, load: RoundLoad, outcome: RoundOutcome) -> None:
         """Call after every round."""
-        if outcome.emitted is None or not load.limits or min(load.limits) > max(map(len, outcome.emitted)):
+        left = load.num_left
+        if outcome.emitted is None or not left or min(left) > max(map(len, outcome.emitted)):
             return
-        self._num_at_limit += sum(len(e) > limit for e, limit in zip(outcome.emitted, load.limits, strict=True))
+        self._num_at_limit += sum(len(e) >= most for e, most in zip(outcome.emitted, left, strict=True))
 
     @property
     def share_at_limit(self) -> float:
-        """Of the rows that ended, those that ended at their limit; all before the first one did."""
-        return min(1.0, (self._num_at_limit + 1) / (self._num_finished + 1))
+        """Of the rows that ended, those that ended at their limit; half before the first one did."""
+        return min(1.0, (self._num_at_limit + 1) / (self.num_finished + 2))
 
-    def differs(self, load: RoundLoad) -> bool:
-        """Whether some rows may be worth more than others."""
-        return not load.num_queued and len(load.handles) > 1 and self.share_at_limit > _LEAST_SHARE
+    def may_differ(self, load: RoundLoad) -> bool:
+        """Whether some rows may be worth more than others. Rows that still compute their prompt are the longest, and
+        not among these."""
+        is_draining = not load.num_queued and not load.num_prefill_tokens and len(load.num_left) > 1
+        return is_draining and self.share_at_limit > _LEAST_SHARE
 
-    def of_rows(self, load: RoundLoad, *, one_s: float, all_s: float) -> Floats | None:
+    def of_rows(self, num_left: Sequence[int], *, share_of_rows: float) -> Floats | None:
         """[R] with a mean of 1, or None where all are worth about the same.
 
-        one_s, all_s: seconds of a plain step of one row, and of all.
+        share_of_rows: of a plain step's time, what grows with the rows.
         """
-        if not self.differs(load):
-            return None
-        num_rows, left = len(load.handles), np.array(load.limits, np.float64) + 1.0
+        left = np.array(num_left, np.float64)
         if _NEARLY_ALIKE * left.min() >= left.max():
             return None
         # Above half of the longest; that one has a lead of 1.
         lead = np.maximum(0.0, 2.0 * left / left.max() - 1.0)
-        row_s = max(0.0, (all_s - one_s) / (num_rows - 1))
-        of_any = min(1.0, num_rows * row_s / (one_s + (num_rows - 1) * row_s))
-        worth = of_any + (1.0 - of_any) * num_rows * lead / lead.sum()
+        worth = share_of_rows + (1.0 - share_of_rows) * len(left) * lead / lead.sum()
         share = self.share_at_limit
         mixed: Floats = share * worth + (1.0 - share)
         return np.maximum(mixed, _LEAST)

@@ -71,12 +71,14 @@ class ScheduleWorld:
     ) -> list[int]:
         """One round, with so many prompt tokens in its step; the number of tokens that each row emitted."""
         rows = list(handles)
+        limits = [30] * len(rows) if limits is None else limits
         load = RoundLoad(
             handles=rows,
-            limits=[30] * len(rows) if limits is None else limits,
+            limits=limits,
             num_prefill_tokens=num_prefill_tokens,
             num_queued=num_queued,
             context_tokens=self.context_tokens,
+            num_left=[limit + 1 for limit in limits],
         )
         lengths = list(self.policy.draft_lengths(load))
         assert all(0 <= length <= limit for length, limit in zip(lengths, load.limits, strict=True))

@@ -213,12 +213,14 @@ class SimulatedEngine:
         num_pending = sum(active.row.prompt_len - active.num_kv for active in filling)
         spare = self._max_step_tokens - len(decoding)
         share = (spare // 2 if num_pending else spare) // max(1, len(decoding))
+        num_left = [active.row.max_new_tokens - active.num_output for active in decoding]
         return RoundLoad(
             handles=[active.number for active in decoding],
-            limits=[min(share, active.row.max_new_tokens - active.num_output - 1) for active in decoding],
-            num_prefill_tokens=num_pending,
+            limits=[min(share, left - 1) for left in num_left],
+            num_prefill_tokens=min(num_pending, spare),
             num_queued=len(self._queue),
             context_tokens=sum(active.num_kv for active in decoding) / max(1, len(decoding)),
+            num_left=num_left,
         )
 
     def _draft(self, decoding: Sequence[_Active], load: RoundLoad) -> tuple[SimulatedDrafts, Ints, int, float]:

@@ -82,27 +82,27 @@ def run_scenario(
     scenario: Scenario,
     schedules: Sequence[str],
     *,
-    device: Device,
+    device: Callable[[], Device],
     acceptance: Callable[[], AcceptanceModel],
     max_step_tokens: int = 8192,
     seed: int = 0,
     counts_planning: bool = False,
 ) -> ScenarioResult:
-    """Every schedule over the same rows and a fresh acceptance model.
+    """Every schedule over the same rows, on a fresh device and with a fresh acceptance model.
 
     Raises:
         ConfigError: an unknown schedule.
     """
-    rows = scenario.rows(device, seed=seed)
+    rows = scenario.rows(device(), seed=seed)
     runs = {}
     for name in schedules:
-        model = acceptance()
+        model, clock = acceptance(), device()
         policy = schedule_of(
-            name, device=device, num_draft_tokens=model.num_positions, max_concurrency=scenario.concurrency
+            name, device=clock, num_draft_tokens=model.num_positions, max_concurrency=scenario.concurrency
         )
         engine = SimulatedEngine(
             rows,
-            device=device,
+            device=clock,
             policy=policy,
             acceptance=model,
             max_concurrency=scenario.concurrency,

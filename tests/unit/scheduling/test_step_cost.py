@@ -7,7 +7,7 @@ import random
 import numpy as np
 import pytest
 
-from dspark_batch.scheduling.cost import DraftCost, StepCost
+from dspark_batch.scheduling.cost import DraftCost, Seen, StepCost
 from dspark_batch.scheduling.cost_table import CostTable, DraftSample
 
 
@@ -86,10 +86,10 @@ def test_it_never_falls_with_more_tokens() -> None:
 def test_a_step_without_a_time_is_ignored() -> None:
     cost = measured()
     see(cost, 8, 0.0)
-    assert not cost.is_trusted(8, num_rows=8)
+    assert cost.seen(8, num_rows=8) is Seen.NEVER
     see(cost, 8, 0.1)
     see(cost, 64, 0.2)
-    assert cost.is_trusted(8, num_rows=8)
+    assert cost.seen(8, num_rows=8) is Seen.AS_EXPECTED
 
 
 def test_drafting_costs_are_split_into_call_rows_and_tokens() -> None:

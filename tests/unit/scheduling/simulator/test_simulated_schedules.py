@@ -34,7 +34,7 @@ def at(
         concurrency=concurrency,
         num_rows=num_rows,
     )
-    return run_scenario(scenario, SCHEDULES, device=RooflineDevice(), acceptance=lambda: ParametricAcceptance(CHANCES))
+    return run_scenario(scenario, SCHEDULES, device=RooflineDevice, acceptance=lambda: ParametricAcceptance(CHANCES))
 
 
 def test_a_full_batch_of_short_rows_loses_by_a_fixed_seven_and_auto_does_not() -> None:
