@@ -1,6 +1,7 @@
 """What the automatic schedule itself costs: microseconds per round in its three calls, by rows decoded together.
 
-The rounds are made up: an open gate, a drafter with confidences, known tokens; so this is the dear case.
+The rounds are made up: an open gate, a drafter with confidences, known tokens. Plans of up to 64 drafted tokens stand
+for most rounds; beyond, every round is planned, which is the dear case.
 """
 
 from __future__ import annotations
