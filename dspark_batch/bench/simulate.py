@@ -177,7 +177,7 @@ def command(
     from rich.console import Console
 
     from dspark_batch.scheduling.simulator.device import ProfiledDevice, RooflineDevice
-    from dspark_batch.scheduling.simulator.scenario import run_scenario
+    from dspark_batch.scheduling.simulator.scenario import is_fixed, run_scenario
     from dspark_batch.scheduling.traces import read_trace
 
     chosen, of_positions = names(schedules), _numbers(chances)
@@ -185,7 +185,7 @@ def command(
     table = read_costs(costs) if costs is not None else None
     if noise and table is None:
         raise ConfigError([Problem("--noise", "is of the times of --costs; the H100 has none")])
-    if not any(name == "plain" or name.startswith("fixed-") for name in chosen):
+    if not any(map(is_fixed, chosen)):
         raise ConfigError([Problem("--schedules", f"needs plain or a fixed length to compare with, got {schedules!r}")])
     concurrencies = parse_concurrencies(rows, option="--rows")
     found = []

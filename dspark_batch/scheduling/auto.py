@@ -59,8 +59,8 @@ _CHECKED_SHARE = 0.5
 
 @dataclass(slots=True, eq=False)
 class _Round:
-    """The round between its draft lengths and its outcome. is_probe: of a closed gate; promise: what drafting for all
-    rows would save in plain steps, where that is known. is_lesson: it is learned from. may_follow: emitted tokens are
+    """The round between its draft lengths and its outcome. is_probe: of a closed gate; promise: what drafting would
+    save in plain steps, where that is known. is_lesson: it is learned from. may_follow: emitted tokens are
     labels for all drafted ones. price: of a token, where its draft may be cut by it."""
 
     asked: Ints
@@ -266,7 +266,7 @@ class AutoLength:
         return lengths
 
     def _probe_lengths(self, load: RoundLoad, limits: Ints) -> Ints:
-        """Full drafts for all rows where that costs next to nothing, else for a few, which take turns."""
+        """Full drafts for all rows where that costs next to nothing, else for a few, in turn or those of most worth."""
         num_rows = len(limits)
         able, longest = np.flatnonzero(limits), int(limits.max())
         plain_s = self._prices.plain_s(load)
@@ -299,8 +299,8 @@ class AutoLength:
             return limits * self._asked_rows.choose(load.handles, np.ones(num_rows, bool))
         if not self._model.has_signal or is_by_token:
             lengths, _ = self._best_lengths(load, limits)
-            is_asked = lengths > 0 if self._row_worth is not None else np.ones(num_rows, bool)
-            return is_asked * np.minimum(limits, lengths.max(initial=0)) if self._model.has_signal else lengths
+            asked = limits if self._row_worth is None else limits * (lengths > 0)
+            return np.minimum(asked, lengths.max(initial=0)) if self._model.has_signal else lengths
         token_s = self._prices.token_s(load, num_rows * self._max_draft_tokens)
         worth = rows_worth_drafting(self._expected(load), plain_s=plain_s, row_s=row_s, token_s=token_s)
         return limits * self._asked_rows.choose(load.handles, worth)

@@ -81,7 +81,7 @@ class Gate:
         return not self.rests()
 
     def observe_probe(self, promise: float | None, *, num_rows: int, cost_share: float) -> None:
-        """promise: what drafting for all rows would save, None where too little is known yet. num_rows: that were
+        """promise: what drafting would save a round, None where too little is known yet. num_rows: that were
         probed. cost_share: what the probe took, in plain steps."""
         is_urgent = promise is None
         if promise is not None:

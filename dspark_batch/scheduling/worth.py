@@ -50,7 +50,7 @@ class RowWorth:
         return is_draining and self.share_at_limit > _LEAST_SHARE
 
     def of_rows(self, num_left: Sequence[int], *, share_of_rows: float) -> Floats | None:
-        """[R] with a mean of 1, or None where all are worth about the same.
+        """[R] with a mean of 1, a little more where the least is raised, or None where all are worth about the same.
 
         share_of_rows: of a plain step's time, what grows with the rows.
         """

@@ -74,8 +74,12 @@ class ScenarioResult:
     @property
     def best_fixed(self) -> str:
         """The best schedule that does not adapt, plain decoding included."""
-        fixed = [name for name in self.runs if name == PLAIN or name.startswith(_FIXED)]
-        return max(fixed, key=lambda name: self.runs[name].tokens_per_s)
+        return max(filter(is_fixed, self.runs), key=lambda name: self.runs[name].tokens_per_s)
+
+
+def is_fixed(schedule: str) -> bool:
+    """Whether it does not adapt: plain decoding, or a fixed length."""
+    return schedule == PLAIN or schedule.startswith(_FIXED)
 
 
 def run_scenario(
