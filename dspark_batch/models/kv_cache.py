@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from dspark_batch.extents import ExtentPool
+from dspark_batch.models import huge_pages
 
 GIB = 2**30
 _CPU_SHARE, _CPU_MAX_BYTES = 0.25, 4 * GIB
@@ -58,8 +59,8 @@ class KVCache:
     ) -> None:
         assert num_tokens > 0, f"a cache of {num_tokens} tokens"
         shape = (num_layers, num_kv_heads, num_tokens, head_dim)
-        self.k = torch.zeros(shape, dtype=dtype, device=device)
-        self.v = torch.zeros(shape, dtype=dtype, device=device)
+        self.k = huge_pages.zeros(shape, dtype=dtype, device=device)
+        self.v = huge_pages.zeros(shape, dtype=dtype, device=device)
         self._pool = ExtentPool(num_tokens)
         self._slots: dict[int, _Slot] = {}
         self._next_slot = 0

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dspark_batch.extents import ExtentPool
+from dspark_batch.models import huge_pages
 
 _FEW_ROWS = 8
 """On a CPU so many rows are written one by one: an indexed copy along an inner dimension takes longer."""
@@ -63,8 +64,8 @@ class ContextCache:
         pending_limit_bytes: int,
     ) -> None:
         shape = (num_layers, num_kv_heads, num_tokens, head_dim)
-        self.k = torch.zeros(shape, dtype=dtype, device=device)
-        self.v = torch.zeros(shape, dtype=dtype, device=device)
+        self.k = huge_pages.zeros(shape, dtype=dtype, device=device)
+        self.v = huge_pages.zeros(shape, dtype=dtype, device=device)
         self._pool = ExtentPool(num_tokens)
         self._rows: dict[int, RowContext] = {}
         self._pending_limit_bytes = pending_limit_bytes

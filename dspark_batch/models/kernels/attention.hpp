@@ -16,7 +16,7 @@
 namespace ds {
 
 constexpr int CHUNK_KEYS = 256;
-constexpr int QUERY_TILE = SUMS > 6 ? 6 : 3;  // queries that one micro-kernel call keeps in registers
+constexpr int QUERY_TILE = HAS_FEW_SUMS ? 3 : 6;  // queries that one micro-kernel call keeps in registers
 constexpr int MAX_SPLIT_TOKENS = 16;  // longer slices are cut by tokens, shorter ones by chunks
 constexpr int TOKEN_TILE = 32;
 

@@ -7,6 +7,7 @@ from enum import IntEnum
 import torch
 from torch import Tensor
 
+from dspark_batch.models import huge_pages
 from dspark_batch.models.kernels.library import Kernels
 
 TILE_OUTPUTS = 32
@@ -44,7 +45,7 @@ class PackedLinear:
             assert self.out_features % TILE_OUTPUTS == 0, f"{self.out_features} gated outputs: need a multiple of 32"
             order = order.view(2, -1, TILE_OUTPUTS // 2).transpose(0, 1).flatten().contiguous()
         num_padded = -(-self.out_features // TILE_OUTPUTS) * TILE_OUTPUTS
-        self.weight = torch.empty(num_padded * self.in_features, dtype=weight.dtype)
+        self.weight = huge_pages.zeros((num_padded * self.in_features,), dtype=weight.dtype)
         source = weight.contiguous()
         kernels.lib.ds_pack(
             self.is_bf16,

@@ -28,7 +28,7 @@ inline void add_rms_norm_row(T* residual, const T* x, const T* w, T* out, int n,
 }
 
 template <class T>
-inline vf gated(vf gate, vf up) {  // rounded where a model in T rounds
+DS_INLINE vf gated(vf gate, vf up) {  // rounded where a model in T rounds
   return rounded<T>(silu(rounded<T>(gate))) * rounded<T>(up);
 }
 

@@ -20,6 +20,9 @@
 #endif
 #endif
 
+// For what only is fast in registers: passed by reference to a function of its own, sums lie in memory.
+#define DS_INLINE __attribute__((always_inline)) inline
+
 namespace ds {
 
 #ifdef DSPARK_AVX512
@@ -34,6 +37,7 @@ typedef Wide<int32_t> vi;
 typedef Wide<uint32_t> vu;
 constexpr int SUMS = 6;  // twelve registers of AVX, of sixteen
 #endif
+constexpr bool HAS_FEW_SUMS = SUMS < 12;
 
 constexpr int LANES = 16;
 
@@ -63,35 +67,35 @@ inline bf16 narrow<bf16>(float x) {
   return bf16{uint16_t((u + 0x7fffu + ((u >> 16) & 1)) >> 16)};
 }
 
-inline vf splat(float x) { return vf{} + x; }
-inline vf select(vi where, vf a, vf b) { return (vf)(((vi)a & where) | ((vi)b & ~where)); }
+DS_INLINE vf splat(float x) { return vf{} + x; }
+DS_INLINE vf select(vi where, vf a, vf b) { return (vf)(((vi)a & where) | ((vi)b & ~where)); }
 
 #ifdef DSPARK_AVX512
-inline vf load(const float* p) {
+DS_INLINE vf load(const float* p) {
   vf v;
   std::memcpy(&v, p, 64);
   return v;
 }
-inline void store(float* p, vf v) { std::memcpy(p, &v, 64); }
-inline vf fma(vf a, vf b, vf c) { return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
-inline vf vmax(vf a, vf b) { return (vf)_mm512_max_ps((__m512)a, (__m512)b); }
-inline vf load(const bf16* p) {
+DS_INLINE void store(float* p, vf v) { std::memcpy(p, &v, 64); }
+DS_INLINE vf fma(vf a, vf b, vf c) { return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
+DS_INLINE vf vmax(vf a, vf b) { return (vf)_mm512_max_ps((__m512)a, (__m512)b); }
+DS_INLINE vf load(const bf16* p) {
   __m512i u = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p));
   return (vf)_mm512_castsi512_ps(_mm512_slli_epi32(u, 16));
 }
-inline float hmax(vf v) { return _mm512_reduce_max_ps((__m512)v); }
-inline float hsum(vf v) { return _mm512_reduce_add_ps((__m512)v); }
+DS_INLINE float hmax(vf v) { return _mm512_reduce_max_ps((__m512)v); }
+DS_INLINE float hsum(vf v) { return _mm512_reduce_add_ps((__m512)v); }
 #else
-inline vf load(const float* p) { return vf::at(p); }
-inline void store(float* p, const vf& v) { v.to(p); }
-inline vf fma(const vf& a, const vf& b, const vf& c) { return a * b + c; }
-inline vf vmax(const vf& a, const vf& b) {
+DS_INLINE vf load(const float* p) { return vf::at(p); }
+DS_INLINE void store(float* p, const vf& v) { v.to(p); }
+DS_INLINE vf fma(const vf& a, const vf& b, const vf& c) { return a * b + c; }
+DS_INLINE vf vmax(const vf& a, const vf& b) {
   vf v;
   for (int i = 0; i < vf::PARTS; i++) v.part[i] = a.part[i] > b.part[i] ? a.part[i] : b.part[i];
   return v;
 }
 typedef uint16_t Halves __attribute__((vector_size(REGISTER_BYTES / 2)));  // the bf16 of one register of floats
-inline vf load(const bf16* p) {
+DS_INLINE vf load(const bf16* p) {
   vu v;
   for (int i = 0; i < vu::PARTS; i++) {
     Halves h;
@@ -101,22 +105,22 @@ inline vf load(const bf16* p) {
   return (vf)v;
 }
 template <class F>
-inline float folded(const vf& v, F&& f) {
+DS_INLINE float folded(const vf& v, F&& f) {
   float s[LANES];
   store(s, v);
   for (int w = LANES / 2; w; w /= 2)
     for (int i = 0; i < w; i++) s[i] = f(s[i], s[i + w]);
   return s[0];
 }
-inline float hmax(const vf& v) {
+DS_INLINE float hmax(const vf& v) {
   return folded(v, [](float a, float b) { return a > b ? a : b; });
 }
-inline float hsum(const vf& v) {
+DS_INLINE float hsum(const vf& v) {
   return folded(v, [](float a, float b) { return a + b; });
 }
 #endif
 
-inline void store(bf16* p, vf v) {
+DS_INLINE void store(bf16* p, vf v) {
 #ifdef DSPARK_DPBF16
   __m256bh h = _mm512_cvtneps_pbh((__m512)v);
   std::memcpy(p, &h, 32);
@@ -134,13 +138,13 @@ inline void store(bf16* p, vf v) {
 
 // What `store` would keep of v, back in float: the rounding points of a bf16 model.
 template <class T>
-inline vf rounded(vf v);
+DS_INLINE vf rounded(vf v);
 template <>
-inline vf rounded<float>(vf v) {
+DS_INLINE vf rounded<float>(vf v) {
   return v;
 }
 template <>
-inline vf rounded<bf16>(vf v) {
+DS_INLINE vf rounded<bf16>(vf v) {
   alignas(64) bf16 t[LANES];
   store(t, v);
   return load(t);
@@ -150,22 +154,15 @@ inline vf rounded<bf16>(vf v) {
 template <class T>
 constexpr int per_cell = 4 / int(sizeof(T));
 
-template <class T>
-inline float splat_cell(const T* p) {  // the 32 bits, unchanged
-  float f;
-  std::memcpy(&f, p, 4);
-  return f;
-}
-
 // acc += w . x over one cell, for 16 lanes of w and one (broadcast) cell x.
 template <class T>
-inline vf dot_cell(vf acc, vf w, vf x);
+DS_INLINE vf dot_cell(vf acc, vf w, vf x);
 template <>
-inline vf dot_cell<float>(vf acc, vf w, vf x) {
+DS_INLINE vf dot_cell<float>(vf acc, vf w, vf x) {
   return fma(w, x, acc);
 }
 template <>
-inline vf dot_cell<bf16>(vf acc, vf w, vf x) {
+DS_INLINE vf dot_cell<bf16>(vf acc, vf w, vf x) {
 #ifdef DSPARK_DPBF16
   return (vf)_mm512_dpbf16_ps((__m512)acc, (__m512bh)(__m512i)w, (__m512bh)(__m512i)x);
 #else
@@ -176,7 +173,7 @@ inline vf dot_cell<bf16>(vf acc, vf w, vf x) {
 }
 
 template <class T>
-inline vf broadcast_cell(const T* p) {
+DS_INLINE vf broadcast_cell(const T* p) {
 #ifdef DSPARK_AVX512
   int32_t i;
   std::memcpy(&i, p, 4);
@@ -189,7 +186,7 @@ inline vf broadcast_cell(const T* p) {
 }
 
 // exp for x <= 0 (also -inf); relative error below 2e-7; exp(0) == 1 exactly; below -87 it is 0.
-inline vf exp_neg(vf x) {
+DS_INLINE vf exp_neg(vf x) {
   vf c = vmax(x, splat(-87.0f));
 #ifdef DSPARK_AVX512
   vf n = (vf)_mm512_roundscale_ps((__m512)(c * 1.44269504088896341f), 8);
@@ -217,7 +214,7 @@ inline vf exp_neg(vf x) {
 }
 
 // x * sigmoid(x)
-inline vf silu(vf x) {
+DS_INLINE vf silu(vf x) {
   vf z = exp_neg((vf)((vi)x | INT32_MIN));
   vf sigmoid = select((vi)(x < vf{}), z, splat(1.0f)) / (1.0f + z);
   return x * sigmoid;

@@ -93,9 +93,10 @@ def test_a_gated_product_is_the_gate_of_the_dense_one(kernels: Kernels, dtype: t
     assert torch.equal(packed(x), kernels.silu_mul(plain(x)))
 
 
-def test_no_bit_of_a_product_depends_on_the_other_rows(kernels: Kernels, dtype: torch.dtype) -> None:
-    packed = PackedLinear(kernels, draw(100, 64, dtype=dtype))
-    x = draw(61, 64, dtype=dtype)
+@pytest.mark.parametrize("inputs", [64, 96, 208, 480])
+def test_no_bit_of_a_product_depends_on_the_other_rows(kernels: Kernels, dtype: torch.dtype, inputs: int) -> None:
+    packed = PackedLinear(kernels, draw(100, inputs, dtype=dtype))
+    x = draw(61, inputs, dtype=dtype)
     whole = packed(x)
-    for first, rows in ((0, 1), (1, 5), (6, 12), (18, 13), (31, 30)):
+    for first, rows in ((0, 1), (1, 5), (6, 12), (18, 13), (31, 30), *((1, rows) for rows in range(2, 11))):
         assert torch.equal(packed(x[first : first + rows].contiguous()), whole[first : first + rows])
