@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dspark_batch.metrics import PlanReason
-from dspark_batch.scheduling.cost import DraftCost, Seen, StepCost
+from dspark_batch.scheduling.cost import DraftCost, StepCost
 from dspark_batch.scheduling.exploration import Exploration
 from dspark_batch.scheduling.gate import Gate
 from dspark_batch.scheduling.lengths import (
@@ -31,7 +30,8 @@ from dspark_batch.scheduling.lengths import (
 from dspark_batch.scheduling.planner import LaggedBudgets, admit, admit_early_stop
 from dspark_batch.scheduling.policies import RoundLoad, RoundOutcome, is_one_hot
 from dspark_batch.scheduling.prices import Prices
-from dspark_batch.scheduling.shadow import ShadowLabels, labels_of_round
+from dspark_batch.scheduling.probes import SHORT_DRAFT_TOKENS, Probes
+from dspark_batch.scheduling.rounds import DraftedRound
 from dspark_batch.scheduling.standing import FullDrafts, Pace, PlainRounds, StandingPlan, StandingPlans
 from dspark_batch.scheduling.survival import FEW_TOKENS, FlatDraft, SurvivalModel
 from dspark_batch.scheduling.worth import RowWorth
@@ -45,32 +45,10 @@ CausalRule = Literal["early_stop", "lagged"]
 Kind = tuple[int, bool]
 """What is judged together: the octave of rows, and whether some rows may be worth more than others."""
 
-_PROBED_SHARE = 8
-_HARDLY_DEARER = 1.5
 _CHEAP_ROUND = 1.2
 _PROMISING = 0.02
-_SHORT_DRAFT_TOKENS = 4
 _YOUNG_LABELS = 512
 _FEWEST_LABELS = 16
-_PROBES_PER_CHECK = 4
-_CHECKED_SHARE = 0.5
-"""Of a plain step, that the tokens of a check may take."""
-
-
-@dataclass(slots=True, eq=False)
-class _Round:
-    """The round between its draft lengths and its outcome. is_probe: of a closed gate; promise: what drafting would
-    save in plain steps, where that is known. is_lesson: it is learned from. may_follow: emitted tokens are
-    labels for all drafted ones. price: of a token, where its draft may be cut by it."""
-
-    asked: Ints
-    is_probe: bool
-    is_lesson: bool = True
-    draft: DraftBlock | None = None
-    flat: FlatDraft | None = None
-    may_follow: bool = False
-    promise: float | None = None
-    price: float | None = None
 
 
 class AutoLength:
@@ -106,10 +84,8 @@ class AutoLength:
         self._admit_causally = admit_early_stop if causal_rule == "early_stop" else LaggedBudgets().admit
         self._full_drafts = FullDrafts()
         self._exploration = Exploration()
-        self._round: _Round | None = None
-        self._shadows = ShadowLabels(self._model)
-        self._sees_tokens = True
-        self._num_probes = 0
+        self._round: DraftedRound | None = None
+        self._probes = Probes(self._prices, self.draft_cost, self._model, may_use_draft=may_use_draft)
         self._plain_rounds = PlainRounds()
         self._handles: Sequence[int] = ()
         self._plans = StandingPlans()
@@ -144,7 +120,8 @@ class AutoLength:
         if lengths.any():
             is_probe = self._reason is PlanReason.EXPLORE
             is_young = is_probe or not self._model.has_signal or self._model.num_labels < _YOUNG_LABELS
-            self._round = _Round(lengths, is_probe, is_lesson=self._pace.is_lesson(is_young=is_young))
+            is_lesson = self._pace.is_lesson(is_young=is_young)
+            self._round = DraftedRound(lengths, self._row_worth, is_probe, is_lesson)
         chosen: list[int] = lengths.tolist()
         return chosen
 
@@ -159,27 +136,27 @@ class AutoLength:
         flat = FlatDraft.of(draft)
         is_legal = self._may_use_draft or is_one_hot(draft)
         current.draft, current.flat = draft, flat
-        current.may_follow = is_legal and self._sees_tokens
+        current.may_follow = is_legal and self._probes.sees_tokens
         if current.is_lesson:
             self._model.see(draft, flat, current.asked)
         if self.cost is None:
             return VerifyPlan(verify_len=flat.offered.tolist())
         if not len(flat.row):
             if current.is_probe:
-                current.promise = self._prices.promise(load, current.asked, np.zeros(0), worth=self._row_worth)
+                current.promise = self._prices.promise(load, current.asked, np.zeros(0), worth=current.worth)
             else:
                 self._reason = PlanReason.NO_OFFER
             return VerifyPlan(verify_len=flat.offered.tolist())
         if current.is_probe and not current.may_follow:
             return VerifyPlan(verify_len=flat.offered.tolist())
-        value = self._value(load, flat)
+        value = current.value(self._model.of_draft(load.handles, flat))
         if current.is_probe:
             if self._model.num_labels < _FEWEST_LABELS:
                 return VerifyPlan(verify_len=[0] * len(flat.offered))
-            current.promise = self._prices.promise(load, current.asked, value, worth=self._row_worth)
+            current.promise = self._prices.promise(load, current.asked, value, worth=current.worth)
         lengths = self._verify_lengths(load, current, value, is_legal=is_legal)
         if current.is_probe and not load.num_prefill_tokens:
-            lengths = np.maximum(lengths, self._lengths_to_check(load, flat))
+            lengths = np.maximum(lengths, self._probes.lengths_to_check(load, flat))
         if not lengths.any() and not current.is_probe:
             self._reason = PlanReason.NOT_WORTH_IT
         return VerifyPlan(verify_len=lengths.tolist())
@@ -188,53 +165,46 @@ class AutoLength:
         current, self._round = self._round, None
         if self.cost is None:
             return
-        self._sees_tokens = outcome.emitted is not None
-        self._shadows.follow(load.handles, outcome.emitted)
+        self._probes.follow(load.handles, outcome.emitted)
         self._worth.observe(load, outcome)
-        num_rows = len(load.handles)
-        self._plain_rounds.count(num_rows, num_step_tokens=outcome.num_step_tokens)
+        is_drafted = self._standing is not None or (current is not None and current.is_in_earnest)
+        self._plain_rounds.count(len(load.handles), num_step_tokens=outcome.num_step_tokens, is_drafted=is_drafted)
         if self._standing is not None:
             self._standing.note(load, outcome)
             self._pace.skip()
-            self._plain_rounds.num_drafted += 1
             return
         is_lesson = current.is_lesson if current is not None else self._pace.is_lesson(is_young=False)
-        is_lesson |= self._reason is PlanReason.PLAIN_STEP
-        is_lesson |= self.cost.seen(outcome.num_step_tokens, num_rows=num_rows) is not Seen.AS_EXPECTED
-        if is_lesson and not outcome.is_mostly_prompt:
-            # Prompt tokens need no logits: a step that is mostly prompt would look too cheap for its size.
-            self.cost.observe(
-                outcome.num_step_tokens, outcome.step_s, num_rows=num_rows, context_tokens=load.context_tokens
-            )
+        self._prices.observe(load, outcome, is_lesson=is_lesson or self._reason is PlanReason.PLAIN_STEP)
         if current is None or current.flat is None:
-            self._plain_rounds.num_drafted = 0
             return
-        num_drafting = int(np.count_nonzero(current.asked))
-        self.draft_cost.observe(num_drafting, int(current.asked.max()), outcome.draft_s)
+        self.draft_cost.observe(current.num_drafting, current.longest, outcome.draft_s)
         gate = self._gates[self._kind]
         if current.is_probe:
-            self._learn_from_probe(load, current, outcome)
+            self._probes.learn(load, current, outcome)
             cost_share = outcome.draft_s / self._prices.plain_s(load)
-            gate.observe_probe(current.promise, num_rows=num_drafting, cost_share=cost_share)
+            gate.observe_probe(current.promise, num_rows=current.num_drafting, cost_share=cost_share)
             return
-        self._plain_rounds.num_drafted += 1
-        assert current.draft is not None, "set by verify_plan"
         if current.is_lesson:
-            labels = labels_of_round(current.draft, current.flat, outcome, may_follow=current.may_follow)
+            labels = current.labels(outcome, may_follow=current.may_follow)
             self._model.observe(load.handles, current.flat, *labels)
-        gate.observe(self._prices.saved(load, current.asked, outcome, self._row_worth), num_rows=num_rows)
-        is_small = num_rows * self._max_draft_tokens <= FEW_TOKENS
-        if is_small and gate.pays and current.price is not None and self._model.num_labels >= _FEWEST_LABELS:
-            asked: list[int] = current.asked.tolist()
-            plan = StandingPlan.of_round(
-                load,
-                asked,
-                most=self._max_draft_tokens,
-                price=current.price,
-                plain_s=self._prices.plain_s(load),
-                worth=self._row_worth,
-            )
-            self._plans.put(self._kind, gate, load, plan)
+        gate.observe(self._prices.saved(load, current.asked, outcome, current.worth), num_rows=len(load.handles))
+        self._let_stand(load, current, gate)
+
+    def _let_stand(self, load: RoundLoad, current: DraftedRound, gate: Gate) -> None:
+        """Make this round's plan a standing one, where drafting pays and planning takes more than it can gain."""
+        is_small = len(load.handles) * self._max_draft_tokens <= FEW_TOKENS
+        if not (is_small and gate.pays and current.price is not None and self._model.num_labels >= _FEWEST_LABELS):
+            return
+        asked: list[int] = current.asked.tolist()
+        plan = StandingPlan.of_round(
+            load,
+            asked,
+            most=self._max_draft_tokens,
+            price=current.price,
+            plain_s=self._prices.plain_s(load),
+            worth=current.worth,
+        )
+        self._plans.put(self._kind, gate, load, plan)
 
     def _choose_lengths(self, load: RoundLoad, limits: Ints) -> Ints:
         """[R] lengths to ask for; sets the reason."""
@@ -251,7 +221,11 @@ class AutoLength:
         if not gate.is_open:
             is_due = gate.is_probe_due()
             self._reason = PlanReason.EXPLORE if is_due else PlanReason.PAUSED
-            return self._probe_lengths(load, limits) if is_due else nothing
+            if not is_due:
+                return nothing
+            if gate.is_stale:
+                self._model.age()
+            return self._probes.lengths(load, limits, self._row_worth)
         seen = self._prices.seen(load, 0)
         if not load.num_prefill_tokens and self._plain_rounds.is_due(gate, num_rows, seen=seen):
             self._reason = PlanReason.PLAIN_STEP
@@ -263,30 +237,6 @@ class AutoLength:
         self._reason = PlanReason.DRAFTED if lengths.any() else PlanReason.NOT_WORTH_IT
         if not are_near_end and not lengths.any():
             gate.close()
-        return lengths
-
-    def _probe_lengths(self, load: RoundLoad, limits: Ints) -> Ints:
-        """Full drafts for all rows where that costs next to nothing, else for a few, in turn or those of most worth."""
-        num_rows = len(limits)
-        able, longest = np.flatnonzero(limits), int(limits.max())
-        plain_s = self._prices.plain_s(load)
-        count = max(1, num_rows // _PROBED_SHARE)
-        has_free_labels = self._may_use_draft and self._sees_tokens
-        if has_free_labels and self.draft_cost.is_known:
-            all_s, few_s = (self.draft_cost.seconds(n, longest) for n in (num_rows, count))
-            if all_s < max(CHEAP_DRAFT * plain_s, _HARDLY_DEARER * few_s):
-                count = num_rows
-        chosen = np.roll(able, -(self._num_probes * count) % len(able))[:count]
-        if self._row_worth is not None:
-            chosen = able[np.argsort(-self._row_worth[able], kind="stable")[:count]]
-        self._num_probes += 1
-        if self._gates[self._kind].is_stale:
-            self._model.age()
-        lengths = np.zeros_like(limits)
-        lengths[chosen] = limits[chosen]
-        if not has_free_labels:
-            # Without labels from emitted tokens, what is drafted is verified to learn from it.
-            lengths = np.minimum(lengths, _SHORT_DRAFT_TOKENS)
         return lengths
 
     def _lengths_to_ask(self, load: RoundLoad, limits: Ints) -> Ints:
@@ -310,23 +260,6 @@ class AutoLength:
         survival = self._model.history.survival(load.handles, self._max_draft_tokens)
         return survival if self._row_worth is None else survival * self._row_worth[:, None]
 
-    def _value(self, load: RoundLoad, flat: FlatDraft) -> Floats:
-        """[N] chance that each drafted token stands, times its worth."""
-        survival = self._model.of_draft(load.handles, flat)
-        return survival if self._row_worth is None else survival * self._row_worth[flat.row]
-
-    def _lengths_to_check(self, load: RoundLoad, flat: FlatDraft) -> Ints:
-        """[R] drafted tokens to verify for nothing but their cost: a few, now and then while such a size was not seen,
-        and whenever it was not as expected. While a gate is closed, a table that has tokens too dear would not be found
-        out."""
-        num_rows, plain_s = len(load.handles), self._prices.plain_s(load)
-        extra_s = self._prices.step_seconds(load)(np.arange(1.0, len(flat.row) + 1)) - plain_s
-        count = max(1, int(np.searchsorted(extra_s, _CHECKED_SHARE * plain_s, side="right")))
-        seen, is_turn = self._prices.seen(load, count), self._num_probes % _PROBES_PER_CHECK == 0
-        is_due = seen is Seen.DIFFERENT or (seen is Seen.NEVER and is_turn)
-        lengths: Ints = np.bincount(flat.row[: count * is_due], minlength=num_rows)
-        return lengths
-
     def _best_lengths(self, load: RoundLoad, limits: Ints) -> tuple[Ints, float]:
         return best_lengths(
             limits,
@@ -337,10 +270,10 @@ class AutoLength:
             draft_cost=self.draft_cost,
         )
 
-    def _verify_lengths(self, load: RoundLoad, current: _Round, value: Floats, *, is_legal: bool) -> Ints:
+    def _verify_lengths(self, load: RoundLoad, current: DraftedRound, value: Floats, *, is_legal: bool) -> Ints:
         assert current.flat is not None, "set by verify_plan"
         flat, num_rows = current.flat, len(load.handles)
-        draft_s = self.draft_cost.seconds(int(np.count_nonzero(current.asked)), int(current.asked.max()))
+        draft_s = self.draft_cost.seconds(current.num_drafting, current.longest)
         rule = admit if is_legal or flat.features is None else self._admit_causally
         step_seconds = self._prices.step_seconds(load)
         admitted = rule(value, num_rows=num_rows, step_seconds=step_seconds, draft_s=draft_s)
@@ -358,18 +291,6 @@ class AutoLength:
                 lengths[explored] = flat.offered[explored]
         return lengths
 
-    def _learn_from_probe(self, load: RoundLoad, current: _Round, outcome: RoundOutcome) -> None:
-        assert current.flat is not None, "set by verify_plan"
-        assert current.draft is not None, "set by verify_plan"
-        if current.may_follow and outcome.emitted is not None:
-            self._shadows.watch(load.handles, current.draft, current.flat, outcome.emitted)
-            return
-        labels = labels_of_round(current.draft, current.flat, outcome, may_follow=False)
-        self._model.observe(load.handles, current.flat, *labels)
-        if len(current.flat.row):
-            value = self._value(load, current.flat)
-            current.promise = self._prices.promise(load, current.asked, value, worth=self._row_worth)
-
     def _gate(self, load: RoundLoad, limits: Ints) -> Gate:
         """One gate for each kind of rounds: what pays in the tail need not pay in a full batch. It begins open where
         what is known of the job or of the drafter promises a gain, or where a short draft for every row takes next to
@@ -380,7 +301,7 @@ class AutoLength:
                 whole = np.full_like(limits, self._max_draft_tokens)  # rows near their end say nothing of others
                 is_open = self._best_lengths(load, whole)[1] > 1.0 + _PROMISING
             else:
-                short = np.array([0.0, float(_SHORT_DRAFT_TOKENS * num_rows)])
+                short = np.array([0.0, float(SHORT_DRAFT_TOKENS * num_rows)])
                 plain_s, drafted_s = self._prices.step_seconds(load)(short).tolist()
                 drafted_s += self.draft_cost.seconds(num_rows, self._max_draft_tokens)
                 is_open = drafted_s < _CHEAP_ROUND * plain_s

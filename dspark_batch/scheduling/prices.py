@@ -20,6 +20,14 @@ class Prices:
         self._step_cost = cost
         self._draft_cost = draft_cost
 
+    def observe(self, load: RoundLoad, outcome: RoundOutcome, *, is_lesson: bool) -> None:
+        """The time of a step: of one that is a lesson, or of a size that was not as expected, or never seen."""
+        cost, num_tokens, num_rows = self._cost, outcome.num_step_tokens, len(load.handles)
+        is_lesson |= cost.seen(num_tokens, num_rows=num_rows) is not Seen.AS_EXPECTED
+        # Prompt tokens need no logits: a step that is mostly prompt would look too cheap for its size.
+        if is_lesson and not outcome.is_mostly_prompt:
+            cost.observe(num_tokens, outcome.step_s, num_rows=num_rows, context_tokens=load.context_tokens)
+
     def plain_s(self, load: RoundLoad) -> float:
         """Seconds of a step that decodes the round's rows plainly."""
         num_rows = len(load.handles)

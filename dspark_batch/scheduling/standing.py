@@ -188,17 +188,18 @@ class FullDrafts:
 class PlainRounds:
     """Only drafted rounds would leave the cost of plain decoding to the table, so one in many is plain.
 
-    num_drafted: in a row, kept by the caller. seen_at: the round in which so many rows, by octave, were last decoded
-    with nothing else in the step.
+    num_drafted: in a row. seen_at: the round in which so many rows, by octave, were last decoded with nothing else in
+    the step.
     """
 
     num_rounds: int = 0
     num_drafted: int = 0
     seen_at: dict[int, int] = field(default_factory=dict)
 
-    def count(self, num_rows: int, *, num_step_tokens: int) -> None:
+    def count(self, num_rows: int, *, num_step_tokens: int, is_drafted: bool) -> None:
         """Call once for every round."""
         self.num_rounds += 1
+        self.num_drafted = self.num_drafted + 1 if is_drafted else 0
         if num_step_tokens == num_rows:
             self.seen_at[num_rows.bit_length()] = self.num_rounds
 

@@ -129,16 +129,15 @@ def test_a_plan_weighs_rows_by_what_their_tokens_are_worth() -> None:
     assert plan_of([1, 2], [9, 9], [4, 4]).prices([1, 2]) == [0.3, 0.3]
 
 
-def drafted(plain: PlainRounds, count: int = 1) -> None:
+def drafted(plain: PlainRounds, count: int = 1, *, num_step_tokens: int = 20) -> None:
     for _ in range(count):
-        plain.count(4, num_step_tokens=20)
-        plain.num_drafted += 1
+        plain.count(4, num_step_tokens=num_step_tokens, is_drafted=True)
 
 
 def test_plain_rounds_come_now_and_then_and_soon_where_their_cost_is_in_doubt() -> None:
     def rounds_until_due(*, saved: float = 0.1, seen: Seen = Seen.AS_EXPECTED) -> int:
         plain, gate = PlainRounds(), Gate(is_open=True, saved=saved, num_rounds=100)
-        plain.count(4, num_step_tokens=4)
+        plain.count(4, num_step_tokens=4, is_drafted=False)
         while not plain.is_due(gate, 4, seen=seen):
             drafted(plain)
         return plain.num_rounds - 1
@@ -146,13 +145,23 @@ def test_plain_rounds_come_now_and_then_and_soon_where_their_cost_is_in_doubt() 
     assert (rounds_until_due(), rounds_until_due(saved=0.5), rounds_until_due(seen=Seen.NEVER)) == (64, 512, 8)
 
 
-def test_a_plain_round_that_shares_its_step_with_prompts_does_not_count() -> None:
+def test_a_plain_round_begins_the_count_anew() -> None:
+    plain, gate = PlainRounds(), Gate(is_open=True)
+    drafted(plain, 7)
+    plain.count(4, num_step_tokens=4, is_drafted=False)
+    drafted(plain, 7)
+    assert not plain.is_due(gate, 4, seen=Seen.DIFFERENT)
+    drafted(plain)
+    assert plain.is_due(gate, 4, seen=Seen.DIFFERENT)
+
+
+def test_a_draft_that_is_cut_shows_a_plain_step_unless_prompts_share_it() -> None:
     plain, gate = PlainRounds(), Gate(is_open=True)
     drafted(plain, 8)
-    plain.count(4, num_step_tokens=100)
+    drafted(plain, num_step_tokens=100)
     assert plain.is_due(gate, 4, seen=Seen.DIFFERENT)
     drafted(plain, 8)
-    plain.count(4, num_step_tokens=4)
+    drafted(plain, num_step_tokens=4)
     assert not plain.is_due(gate, 4, seen=Seen.DIFFERENT)
 
 
