@@ -25,11 +25,12 @@ _CHECKED_SHARE = 0.5
 """Of a plain step, that the tokens of a check may take."""
 
 SHORT_DRAFT_TOKENS = 4
+"""Of a row, where a draft has to be verified to learn from it, or nothing is known yet."""
 
 
 class Probes:
-    """may_use_draft: as for ``AutoLength``. Where emitted tokens are labels for drafted ones, probes are followed and
-    need not be verified."""
+    """may_use_draft: as for ``AutoLength``. sees_tokens: whether the latest round told what rows emit. Where emitted
+    tokens are labels for drafted ones, probes are followed and need not be verified."""
 
     def __init__(self, prices: Prices, draft_cost: DraftCost, model: SurvivalModel, *, may_use_draft: bool) -> None:
         self._prices, self._draft_cost, self._model = prices, draft_cost, model
@@ -54,9 +55,10 @@ class Probes:
             all_s, few_s = (self._draft_cost.seconds(n, longest) for n in (num_rows, count))
             if all_s < max(CHEAP_DRAFT * self._prices.plain_s(load), _HARDLY_DEARER * few_s):
                 count = num_rows
-        by_rank = np.roll(able, -(self._num_probes * count) % len(able))
         if worth is not None:
             by_rank = able[np.argsort(-worth[able], kind="stable")]
+        else:
+            by_rank = np.roll(able, -(self._num_probes * count) % len(able))
         self._num_probes += 1
         chosen, lengths = by_rank[:count], np.zeros_like(limits)
         lengths[chosen] = limits[chosen]

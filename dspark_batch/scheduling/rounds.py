@@ -29,7 +29,7 @@ class DraftedRound:
     asked: Ints
     worth: Floats | None
     is_probe: bool
-    is_lesson: bool = True
+    is_lesson: bool
     draft: DraftBlock | None = None
     flat: FlatDraft | None = None
     may_follow: bool = False

@@ -15,6 +15,11 @@ constexpr int BLOCK_M = 6;
 constexpr int PART_M = 96;
 constexpr int STRIP = HAS_FEW_SUMS ? LANES : 2 * LANES;  // outputs side by side
 
+// Where a cell of an output lies, counted from the first output of a tile.
+inline int64_t packed_at(int64_t output, int64_t cell, int64_t cells) {
+  return (output / STRIP * cells + cell) * STRIP + output % STRIP;
+}
+
 // float32 is summed in runs, the runs one after another: the rounding error of a long sum falls several times. In
 // bfloat16 the inputs' own rounding is far larger.
 constexpr int RUN_CELLS = 96;
@@ -39,8 +44,7 @@ inline void pack_tile(const T* weight, const int64_t* order, int64_t tile, int64
   alignas(64) static const uint32_t zeros[LANES] = {};
   out += tile * TILE_N * cells;
   for (int half = 0; half < 2; half++) {
-    const int64_t at = half * LANES;
-    uint32_t* to = reinterpret_cast<uint32_t*>(out) + at / STRIP * STRIP * cells + at % STRIP;
+    uint32_t* to = reinterpret_cast<uint32_t*>(out) + packed_at(half * LANES, 0, cells);
     const uint32_t* row[LANES];
     for (int i = 0; i < LANES; i++) {
       int64_t at = tile * TILE_N + half * LANES + i;
@@ -90,10 +94,7 @@ struct Micro {
     for (int64_t c = run.from; c < run.to; c++) {
       vf wide[COLUMNS];
 #pragma GCC unroll 8
-      for (int j = 0; j < COLUMNS; j++) {
-        const int at = (first + j) * LANES;
-        wide[j] = load(w + (at / STRIP * cells + c) * STRIP + at % STRIP);
-      }
+      for (int j = 0; j < COLUMNS; j++) wide[j] = load(w + packed_at((first + j) * LANES, c, cells));
       for (int j = 0; j < FETCH; j++) __builtin_prefetch(lines + ((c - run.from) * FETCH + j) * 64, 0, 2);
 #pragma GCC unroll 8
       for (int i = 0; i < M; i++) {
