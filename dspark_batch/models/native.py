@@ -8,6 +8,7 @@ from torch.nn import functional
 
 from dspark_batch.models.attention.native import native_rows
 from dspark_batch.models.families import DecoderSpec
+from dspark_batch.models.kernels.argmax import ProductArgmax
 from dspark_batch.models.kernels.decoder import NativeLayer, NativeLayers, NativeShape
 from dspark_batch.models.kernels.library import Kernels, load_kernels, supports
 from dspark_batch.models.kernels.packed import PackedLinear
@@ -21,12 +22,12 @@ class NativeDraws:
     """Fulfils ``tensors.FastDraws``."""
 
     def __init__(self, head: PackedLinear) -> None:
-        self._head = head
+        self._best = ProductArgmax(head)
         self.argmax, self.draw = head.kernels.argmax, head.kernels.draw
 
     def greedy(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """[N, H] -> tokens [N] int64, and whether the logits were finite; the arg-max of ``NativeDecoder.logits``."""
-        index, _, best = self._head.argmax(hidden.contiguous())
+        index, best = self._best(hidden.contiguous())
         return index.clamp_(min=0), best.isfinite()
 
 

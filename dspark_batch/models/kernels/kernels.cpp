@@ -49,7 +49,7 @@ void linear(const Linear<T>& w, const T* x, int64_t m, const Target<T>& to) {
 
 extern "C" {
 
-int ds_abi() { return 4; }
+int ds_abi() { return 5; }
 
 int ds_has_bf16_dot() {
 #ifdef DSPARK_DPBF16
@@ -102,9 +102,19 @@ void ds_argmax(int is_bf16, const void* x, int64_t rows, int64_t n, int64_t* ind
                                 [=](int r) { argmax_row(as<T>(x) + r * n, n, index + r, margin + r); }));
 }
 
-void ds_product_argmax(int is_bf16, const float* packed, const void* bias, int64_t n, int64_t k, const void* x, int64_t m,
-                       int64_t* index, float* margin, float* best) {
-  DS_DISPATCH(is_bf16, product_argmax<T>({packed, as<T>(bias), n, k}, as<T>(x), m, index, margin, best));
+// Whether a screen is worth having on this CPU.
+int ds_can_screen() { return HAS_PAIR_DOT; }
+
+void ds_screen(int is_bf16, const float* packed, int64_t n, int64_t k, const Screen* to) {
+  DS_DISPATCH(is_bf16, parallel(int((n + TILE_N - 1) / TILE_N), true,
+                                [=](int tile) { pack_screen<T>({packed, nullptr, n, k}, tile, *to); }));
+}
+
+// screen: null without one.
+void ds_product_argmax(int is_bf16, const float* packed, const void* bias, int64_t n, int64_t k, const Screen* screen,
+                       const void* x, int64_t m, int64_t* index, float* value) {
+  DS_DISPATCH(is_bf16, const Linear<T> w{packed, as<T>(bias), n, k}; const Best best{index, value};
+              if (screen) screened_argmax(w, *screen, as<T>(x), m, best); else product_argmax(w, as<T>(x), m, best));
 }
 
 // Row i of `params` draws from row flat[i] of the logits [*, n].

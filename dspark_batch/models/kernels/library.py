@@ -18,7 +18,7 @@ from dspark_batch.models.kernels.build import SWITCH_VARIABLE, BuildError, build
 
 logger = logging.getLogger(__name__)
 
-ABI = 4
+ABI = 5
 DTYPES = (torch.bfloat16, torch.float32)
 KERNEL_LANES = 16
 """Widths are multiples of it."""
@@ -37,7 +37,9 @@ _SIGNATURES: dict[str, tuple[type | None, tuple[type, ...]]] = {
     "ds_add_rms_norm": (None, (_I, _P, _P, _P, _P, _L, _L, _F)),
     "ds_silu_mul": (None, (_I, _P, _P, _L, _L)),
     "ds_argmax": (None, (_I, _P, _L, _L, _P, _P)),
-    "ds_product_argmax": (None, (_I, _P, _P, _L, _L, _P, _L, _P, _P, _P)),
+    "ds_can_screen": (_I, ()),
+    "ds_screen": (None, (_I, _P, _L, _L, _P)),
+    "ds_product_argmax": (None, (_I, _P, _P, _L, _L, _P, _P, _L, _P, _P)),
     "ds_draw": (None, (_P, _L, _P, _P, _L, _P)),
     "ds_pack": (None, (_I, _P, _P, _L, _L, _P)),
     "ds_step": (None, (_I, _P, _P)),

@@ -80,28 +80,6 @@ class PackedLinear:
         """out += product, both rounded to the model's dtype first. out: [M, out]."""
         self._run(x, out, Epilogue.ADD)
 
-    def argmax(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """[M, in] -> (index [M] int64, margin [M], largest [M]) of the float32 outputs, which are not kept.
-
-        Index: the first largest output, -1 where one is NaN. Margin: its distance to the second.
-        """
-        assert not self.gated, "a gated product has no arg-max"
-        index = torch.empty(x.shape[0], dtype=torch.int64)
-        margin, best = torch.empty(2, x.shape[0], dtype=torch.float32)
-        self.kernels.lib.ds_product_argmax(
-            self.is_bf16,
-            self.weight.data_ptr(),
-            None if self.bias is None else self.bias.data_ptr(),
-            self.out_features,
-            self.in_features,
-            x.data_ptr(),
-            x.shape[0],
-            index.data_ptr(),
-            margin.data_ptr(),
-            best.data_ptr(),
-        )
-        return index, margin, best
-
     def _run(self, x: Tensor, out: Tensor, epilogue: Epilogue) -> None:
         self.kernels.lib.ds_linear(
             self.is_bf16,

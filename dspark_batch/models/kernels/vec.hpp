@@ -85,6 +85,7 @@ DS_INLINE vf load(const bf16* p) {
 }
 DS_INLINE float hmax(vf v) { return _mm512_reduce_max_ps((__m512)v); }
 DS_INLINE float hsum(vf v) { return _mm512_reduce_add_ps((__m512)v); }
+DS_INLINE vf to_float(vi v) { return (vf)_mm512_cvtepi32_ps((__m512i)v); }
 #else
 DS_INLINE vf load(const float* p) { return vf::at(p); }
 DS_INLINE void store(float* p, const vf& v) { v.to(p); }
@@ -118,6 +119,42 @@ DS_INLINE float hmax(const vf& v) {
 DS_INLINE float hsum(const vf& v) {
   return folded(v, [](float a, float b) { return a + b; });
 }
+DS_INLINE vf to_float(const vi& v) {
+  vf f;
+  for (int i = 0; i < vf::PARTS; i++) f.part[i] = __builtin_convertvector(v.part[i], vf::Part);
+  return f;
+}
+#endif
+
+// Small integers: 16 lanes of two int8 each, as int16, and acc += their products with two int16 that all lanes share.
+#ifdef DSPARK_AVX512
+constexpr bool HAS_PAIR_DOT = true;
+DS_INLINE vi load_pairs(const int8_t* p) { return (vi)_mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)p)); }
+DS_INLINE vi dot_pair(vi acc, vi w, vi x) {
+#ifdef __AVX512VNNI__
+  return (vi)_mm512_dpwssd_epi32((__m512i)acc, (__m512i)w, (__m512i)x);
+#else
+  return acc + (vi)_mm512_madd_epi16((__m512i)w, (__m512i)x);
+#endif
+}
+#elif defined(DSPARK_AVX2)
+constexpr bool HAS_PAIR_DOT = true;
+DS_INLINE vi load_pairs(const int8_t* p) {
+  vi v;
+  for (int i = 0; i < vi::PARTS; i++)
+    v.part[i] = (vi::Part)_mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)(p + 16 * i)));
+  return v;
+}
+DS_INLINE vi dot_pair(const vi& acc, const vi& w, const vi& x) {
+  vi v;
+  for (int i = 0; i < vi::PARTS; i++)
+    v.part[i] = acc.part[i] + (vi::Part)_mm256_madd_epi16((__m256i)w.part[i], (__m256i)x.part[i]);
+  return v;
+}
+#else
+constexpr bool HAS_PAIR_DOT = false;  // a compiler's own way is slower than the product in float
+DS_INLINE vi load_pairs(const int8_t*) { return vi{}; }
+DS_INLINE vi dot_pair(const vi& acc, const vi&, const vi&) { return acc; }
 #endif
 
 DS_INLINE void store(bf16* p, vf v) {

@@ -10,9 +10,7 @@ from torch import Tensor
 
 from dspark_batch.core import SamplingParams
 from dspark_batch.models.kernels.library import Kernels
-from dspark_batch.models.kernels.packed import PackedLinear
-from dspark_batch.models.native import NativeDraws
-from dspark_batch.sampling.sampler import GreedyDraws, PositionBatch, SampledRow
+from dspark_batch.sampling.sampler import PositionBatch, SampledRow
 
 PARAMS = [
     SamplingParams(temperature=1.0),
@@ -118,25 +116,3 @@ def test_rows_that_are_not_finite_are_reported_and_disturb_no_other(kernels: Ker
     assert [t for i, t in enumerate(broken.draw()) if i not in (1, 4, 7)] == [
         t for i, t in enumerate(whole) if i not in (1, 4, 7)
     ]
-
-
-@pytest.mark.parametrize(("outputs", "inputs"), [(5, 16), (64, 32), (1057, 48), (4001, 64)])
-def test_the_fused_argmax_is_that_of_the_stored_logits(
-    kernels: Kernels, dtype: torch.dtype, outputs: int, inputs: int
-) -> None:
-    generator = torch.Generator().manual_seed(outputs)
-    weight = torch.randn(outputs, inputs, generator=generator).to(dtype)
-    weight[outputs // 2] = weight[1]  # a tie in every row
-    head = PackedLinear(kernels, weight, torch.randn(outputs, generator=generator).to(dtype))
-    for num in (1, 7, 101):
-        hidden = torch.randn(num, inputs, generator=generator).to(dtype)
-        hidden[num // 2] = hidden[0] * torch.nan
-        index, margin, best = head.argmax(hidden)
-        logits = head(hidden, dtype=torch.float32)
-        want, want_margin = kernels.argmax(logits)
-        assert torch.equal(index, want)
-        assert torch.equal(margin.nan_to_num(-1.0), want_margin.nan_to_num(-1.0))
-        assert torch.equal(best.nan_to_num(-1.0), logits.amax(-1).nan_to_num(-1.0))
-        draws = GreedyDraws(*NativeDraws(head).greedy(hidden))
-        assert draws.draw() == want.clamp(min=0).tolist()
-        assert draws.finite() == (want >= 0).tolist()
