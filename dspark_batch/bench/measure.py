@@ -1,9 +1,10 @@
-"""One timed run of one engine setting over a list of requests, and what it did."""
+"""Timed runs of engine settings over a list of requests, one alone or several in turns, and what they did."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -12,16 +13,17 @@ from dspark_batch.engine.config import EngineConfig
 from dspark_batch.metrics import EngineStats
 
 if TYPE_CHECKING:
+    from dspark_batch.engine.engine import BatchEngine
     from dspark_batch.models.loader import LoadedTarget
     from dspark_batch.scheduling.policies import LengthPolicy
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measurement:
-    """Counts in tokens, times in seconds. wall_s: from the first request to the last result, prompts included.
+    """Counts in tokens, times in seconds. wall_s: of adding the requests and of all steps, prompts included.
 
-    num_wasted_tokens: drafted, and not accepted. accepted_length: None before the first round. tail_s: from the moment
-    the queue was empty to the end.
+    num_wasted_tokens: drafted, and not accepted. accepted_length: None before the first round. tail_s: of the steps
+    after the queue was empty.
     """
 
     num_rows: int
@@ -48,40 +50,84 @@ class Measurement:
         return {**asdict(self), "tokens_per_s": self.tokens_per_s}
 
 
-def measure(
-    loaded: LoadedTarget, config: EngineConfig, requests: Sequence[Request], *, policy: LengthPolicy | None = None
-) -> Measurement:
-    """Decode ``requests`` with a fresh engine: a drafter that learns from the job starts empty, as in a new job.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setting:
+    """What an engine is made with. policy: instead of the one that ``config.schedule`` names."""
 
-    policy: instead of the one that ``config.schedule`` names.
+    config: EngineConfig
+    policy: LengthPolicy | None = None
+
+
+def measure(loaded: LoadedTarget, setting: Setting, requests: Sequence[Request]) -> Measurement:
+    """Decode ``requests`` with a fresh engine: a drafter that learns from the job starts empty, as in a new job.
 
     Raises:
         ValueError: a request failed, so the figures would not be comparable.
     """
+    return measure_in_turns(loaded, [setting], requests)[0]
+
+
+def measure_in_turns(
+    loaded: LoadedTarget, settings: Sequence[Setting], requests: Sequence[Request]
+) -> list[Measurement]:
+    """Decode ``requests`` with an engine for every setting, all at once: the next step is that of the engine which has
+    come least far, and every engine's clock runs in its own steps only.
+
+    So a machine whose speed moves hits all settings alike, down to parts of a second. They share the KV memory.
+
+    Raises:
+        ValueError: a request failed, so the figures would not be comparable.
+        EngineError: a device failed, or the KV memory has no room for a row of every setting.
+    """
     from dspark_batch.engine.engine import BatchEngine
 
-    with BatchEngine(loaded, config, policy=policy) as engine:
+    with ExitStack() as stack:
+        runs = [
+            _Run(stack.enter_context(BatchEngine(loaded, setting.config, policy=setting.policy)), requests)
+            for setting in settings
+        ]
+        while unfinished := [run for run in runs if run.engine.num_unfinished]:
+            min(unfinished, key=lambda run: run.num_tokens).step()
+        return [run.measurement() for run in runs]
+
+
+class _Run:
+    """One engine, its results, and the time that it took."""
+
+    def __init__(self, engine: BatchEngine, requests: Sequence[Request]) -> None:
+        self.engine = engine
+        self._results: list[Result] = []
+        self._tail_s = 0.0
         started = time.perf_counter()
         for request in requests:
             engine.add(request)
-        results: list[Result] = []
-        queue_empty_at = None
-        while engine.num_unfinished:
-            results.extend(result for _, result in engine.step())
-            if queue_empty_at is None and engine.stats.last is not None and not engine.stats.last.num_queued:
-                queue_empty_at = time.perf_counter()
-        ended = time.perf_counter()
-        stats = engine.stats
-    failed = [result for result in results if result.error is not None]
-    if failed:
-        raise ValueError(f"request {failed[0].id!r} failed: {failed[0].error}")
-    return _measurement(
-        stats,
-        num_rows=len(results),
-        num_prompt_tokens=sum(result.num_prompt_tokens for result in results),
-        wall_s=ended - started,
-        tail_s=ended - (queue_empty_at or ended),
-    )
+        self._wall_s = time.perf_counter() - started
+
+    @property
+    def num_tokens(self) -> int:
+        """Of prompts and outputs, done so far."""
+        return self.engine.stats.num_prefill_tokens + self.engine.stats.num_emitted_tokens
+
+    def step(self) -> None:
+        last = self.engine.stats.last
+        is_tail = last is not None and not last.num_queued
+        started = time.perf_counter()
+        self._results.extend(result for _, result in self.engine.step())
+        took = time.perf_counter() - started
+        self._wall_s += took
+        self._tail_s += took if is_tail else 0.0
+
+    def measurement(self) -> Measurement:
+        failed = [result for result in self._results if result.error is not None]
+        if failed:
+            raise ValueError(f"request {failed[0].id!r} failed: {failed[0].error}")
+        return _measurement(
+            self.engine.stats,
+            num_rows=len(self._results),
+            num_prompt_tokens=sum(result.num_prompt_tokens for result in self._results),
+            wall_s=self._wall_s,
+            tail_s=self._tail_s,
+        )
 
 
 def _measurement(

@@ -1,6 +1,6 @@
 """``dspark-batch bench scheduler``: does ``schedule: auto`` reach the best fixed length everywhere?
 
-One loaded model, and settings that take turns: plain decoding, fixed lengths, auto. Three questions:
+One loaded model, and settings that take turns step by step: plain decoding, fixed lengths, auto. Three questions:
 
 - points: a constant number of rows that decode together (a run has exactly as many rows as its concurrency, all of the
   same length). Auto's policy lives on between the runs of one concurrency, as it does in a long job, after some seconds
@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dspark_batch.bench.measure import Measurement, measure
+from dspark_batch.bench.measure import Measurement, Setting, measure, measure_in_turns
 from dspark_batch.bench.prompts import read_prompts, with_sampling
 from dspark_batch.bench.throughput import commit_of_checkout
 from dspark_batch.core import Request, SamplingParams
@@ -217,13 +217,13 @@ class _Bench:
         """Runs that do not count: a short one of each setting for kernels, more of auto for what it has to learn, on
         prompts from the end of the file; the same ones again would teach it their own chances."""
         short = with_sampling(requests, _SHORT, first=0, count=concurrency)
-        for setting in self._plan.settings:
-            self._run(setting, concurrency, short, lasting)
+        for name in self._plan.settings:
+            measure(self._loaded, self._setting(name, concurrency, lasting), short)
         spent_s, first = 0.0, len(requests)
         while lasting is not None and spent_s < self._plan.warm_up_s:
             first = (first - concurrency) % len(requests)
             rows = with_sampling(requests, sampling, first=first, count=concurrency)
-            spent_s += self._run(AUTO, concurrency, rows, lasting).wall_s
+            spent_s += measure(self._loaded, self._setting(AUTO, concurrency, lasting), rows).wall_s
 
     def job(self, name: str, requests: list[Request], *, kinds: int = 1) -> Comparison:
         """A whole job of rows of different lengths, with new policies; ``kinds`` of rows take turns in it."""
@@ -238,16 +238,17 @@ class _Bench:
         self, name: str, concurrency: int, repeats: Sequence[list[Request]], lasting: LastingPolicy | None
     ) -> Comparison:
         settings = self._plan.settings
+        works = list(dict.fromkeys(self._work_of(setting) for setting in settings))
         runs: dict[str, list[Measurement]] = {setting: [] for setting in settings}
         for number, requests in enumerate(repeats):
-            turn = number % len(settings)
-            of_repeat: dict[str, Measurement] = {}
-            for setting in (*settings[turn:], *settings[:turn]):
-                work = self._work_of(setting)
-                if work not in of_repeat:
-                    of_repeat[work] = self._run(work, concurrency, requests, lasting)
-                    self._tell(f"{name}, repeat {number + 1}, {work}: {of_repeat[work].tokens_per_s:.1f} tokens/s")
-                runs[setting].append(of_repeat[work])
+            found = measure_in_turns(
+                self._loaded, [self._setting(work, concurrency, lasting) for work in works], requests
+            )
+            of_work = dict(zip(works, found, strict=True))
+            for work, run in of_work.items():
+                self._tell(f"{name}, repeat {number + 1}, {work}: {run.tokens_per_s:.1f} tokens/s")
+            for setting in settings:
+                runs[setting].append(of_work[self._work_of(setting)])
         return Comparison(
             concurrency=concurrency,
             num_rows=len(repeats[0]),
@@ -258,16 +259,14 @@ class _Bench:
         """The setting that does the same: a fixed length is at most what the drafter drafts."""
         return setting if setting in (PLAIN, AUTO) else str(min(int(setting), self._max_draft_tokens))
 
-    def _run(
-        self, setting: str, concurrency: int, requests: Sequence[Request], lasting: LastingPolicy | None
-    ) -> Measurement:
+    def _setting(self, name: str, concurrency: int, lasting: LastingPolicy | None) -> Setting:
         config = self._plan.engine.model_copy(update={"max_concurrency": concurrency})
-        if setting == PLAIN:
-            return measure(self._loaded, config.model_copy(update={"drafter": "none", "schedule": "off"}), requests)
-        if setting == AUTO and lasting is not None:
+        if name == PLAIN:
+            return Setting(config=config.model_copy(update={"drafter": "none", "schedule": "off"}))
+        if name == AUTO and lasting is not None:
             lasting.begin()
-            return measure(self._loaded, config, requests, policy=lasting)
-        return measure(self._loaded, config, requests, policy=self._policy(setting))
+            return Setting(config=config, policy=lasting)
+        return Setting(config=config, policy=self._policy(name))
 
     def _policy(self, setting: str) -> LengthPolicy:
         from dspark_batch.engine.drafter_factory import make_drafter

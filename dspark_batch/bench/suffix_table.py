@@ -17,7 +17,7 @@ from typing import Annotated
 
 import typer
 
-from dspark_batch.bench.measure import Measurement, measure
+from dspark_batch.bench.measure import Measurement, Setting, measure_in_turns
 from dspark_batch.bench.options import (
     DEFAULT_TARGET,
     AsJson,
@@ -105,19 +105,18 @@ class Plan:
 
 
 def compare(plan: Plan) -> dict[str, list[Measurement]]:
-    """Every setting once per repeat, in turns, after a short warm-up of each."""
+    """Every setting once per repeat, in turns step by step, after a short warm-up."""
     from dspark_batch.models.loader import load_target
 
     base = plan.base.model_copy(update={"max_concurrency": plan.concurrency})
-    configs = {name: base.model_copy(update={"drafter": name}) for name in ("none", *plan.drafters)}
+    settings = {name: Setting(config=base.model_copy(update={"drafter": name})) for name in ("none", *plan.drafters)}
     requests = labelling_requests(plan.reviews, num_rows=plan.num_rows)
     loaded = load_target(base)
-    for config in configs.values():
-        measure(loaded, config, requests[: plan.concurrency])
-    found: dict[str, list[Measurement]] = {name: [] for name in configs}
+    measure_in_turns(loaded, list(settings.values()), requests[: plan.concurrency])
+    found: dict[str, list[Measurement]] = {name: [] for name in settings}
     for _ in range(plan.repeats):
-        for name, config in configs.items():
-            found[name].append(measure(loaded, config, requests))
+        for name, run in zip(settings, measure_in_turns(loaded, list(settings.values()), requests), strict=True):
+            found[name].append(run)
     return found
 
 

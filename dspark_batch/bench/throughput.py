@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dspark_batch.bench.measure import Measurement, measure
+from dspark_batch.bench.measure import Measurement, Setting, measure
 from dspark_batch.bench.prompts import read_prompts, with_sampling
 from dspark_batch.core import Request, SamplingParams
 from dspark_batch.engine.config import EngineConfig
@@ -159,7 +159,7 @@ def run_throughput(plan: Plan, *, tell: Callable[[str], None] | None = None) -> 
         del settings[CONFIGURED]
     warm_up = SamplingParams(max_new_tokens=_WARM_UP_TOKENS)
     for setting in settings.values():
-        measure(loaded, setting, with_sampling(requests, warm_up, first=0, count=_FEWEST_ROWS))
+        measure(loaded, Setting(config=setting), with_sampling(requests, warm_up, first=0, count=_FEWEST_ROWS))
     runs: dict[tuple[str, int], list[Measurement]] = {}
     for repeat in range(plan.repeats):
         for concurrency in plan.concurrencies:
@@ -167,7 +167,7 @@ def run_throughput(plan: Plan, *, tell: Callable[[str], None] | None = None) -> 
             order = list(settings) if repeat % 2 == 0 else list(settings)[::-1]
             for name in order:
                 at = settings[name].model_copy(update={"max_concurrency": concurrency})
-                run = measure(loaded, at, chosen)
+                run = measure(loaded, Setting(config=at), chosen)
                 runs.setdefault((name, concurrency), []).append(run)
                 if tell is not None:
                     tell(f"repeat {repeat + 1}, concurrency {concurrency}, {name}: {run.tokens_per_s:.1f} tokens/s")
