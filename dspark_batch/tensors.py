@@ -10,7 +10,7 @@ verify forward); Θ ``tokens_per_s``.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -129,6 +129,24 @@ class OffersFastDraws(Protocol):
 
     @property
     def fast_draws(self) -> FastDraws | None: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class BlockWeights:
+    """The draft layers of a block drafter, for a device that runs them in one call.
+
+    tensors: under the names of a Qwen3 checkpoint without ``model.``: ``layers.0.self_attn.q_proj.weight`` to
+    ``norm.weight``. cos, sin: [P, D/2], of every position that a block may reach.
+    """
+
+    tensors: Mapping[str, Tensor]
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    norm_eps: float
+    cos: Tensor
+    sin: Tensor
 
 
 @dataclass(frozen=True, slots=True)

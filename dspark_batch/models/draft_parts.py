@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+from dspark_batch.models.draft_blocks import NativeBlocks, native_blocks
 from dspark_batch.models.kernels.library import Kernels, load_kernels
 from dspark_batch.models.kernels.packed import PackedLinear
 from dspark_batch.models.linear import Linear
@@ -14,6 +15,7 @@ from dspark_batch.models.native import NativeDecoder
 from dspark_batch.models.rope import rope_table
 from dspark_batch.models.rope_spec import rope_spec
 from dspark_batch.models.runner import TargetRunner
+from dspark_batch.tensors import BlockWeights
 
 
 class RunnerParts:
@@ -72,6 +74,11 @@ class RunnerParts:
             return (lambda x: dense(x).float()) if float32 else dense
         packed = PackedLinear(kernels, weight)
         return (lambda x: packed(x.contiguous(), dtype=torch.float32)) if float32 else packed.plain
+
+    def block_layers(self, weights: BlockWeights) -> NativeBlocks | None:
+        """The draft layers as one native call; None where the target does not run on the kernels or a width is odd."""
+        kernels = self.ops
+        return native_blocks(kernels, weights) if kernels is not None else None
 
     def rope_table(
         self, fields: Mapping[str, object], *, head_dim: int, num_positions: int, where: str

@@ -24,6 +24,7 @@ from dspark_batch.drafters.dspark.config import DSparkConfig
 from dspark_batch.drafters.dspark.target_parts import LinearOp
 from dspark_batch.models.rope import rope_table
 from dspark_batch.models.rope_spec import rope_spec
+from dspark_batch.tensors import BlockWeights
 
 _BASE: dict[str, Any] = {
     "hidden_size": 48,
@@ -164,6 +165,9 @@ class PlainParts:
 
     def linear(self, weight: Tensor, *, float32: bool = False) -> LinearOp:
         return lambda x: functional.linear(x, weight)
+
+    def block_layers(self, weights: BlockWeights) -> None:
+        """None: the layers run one operation after another."""
 
     def rope_table(
         self, fields: Mapping[str, object], *, head_dim: int, num_positions: int, where: str

@@ -23,7 +23,6 @@ Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 class _Layer:
     input_norm: Tensor
     qkv: LinearOp
-    k_norm: Tensor
     qk_norm: Tensor
     output: LinearOp
     mlp_norm: Tensor
@@ -31,8 +30,8 @@ class _Layer:
     down: LinearOp
 
 
-class Backbone:
-    """The draft layers. Holds no state of rows. T counts flat slots (R rows of ``block_size`` each)."""
+class ContextLayers:
+    """What makes keys and values of the target's features, for all draft layers. Holds no state of rows."""
 
     def __init__(
         self, config: DSparkConfig, weights: Mapping[str, Tensor], *, linear: MakeLinear, ops: ElementOps | None = None
@@ -41,8 +40,9 @@ class Backbone:
         widths = (config.hidden_size, config.head_dim, config.intermediate_size)
         self._ops = TorchOps() if ops is None or any(width % ops.lanes for width in widths) else ops
         self._fc = linear(weights["fc.weight"])
-        self._hidden_norm, self._norm = weights["hidden_norm.weight"], weights["norm.weight"]
-        self._layers = tuple(_layer(config, weights, f"layers.{i}.", linear) for i in range(config.num_layers))
+        self._hidden_norm = weights["hidden_norm.weight"]
+        norms = [weights[f"layers.{i}.self_attn.k_norm.weight"] for i in range(config.num_layers)]
+        self._k_norms = torch.stack(norms).unsqueeze(1)
         # All layers read the same features, so one product makes the context of all of them.
         names = [f"layers.{i}.self_attn.{x}_proj.weight" for i in range(config.num_layers) for x in "kv"]
         self._context_kv = linear(torch.cat([weights[name] for name in names]))
@@ -56,10 +56,20 @@ class Backbone:
         config = self.config
         x = self._ops.rms_norm(self._fc(features), self._hidden_norm, config.norm_eps)
         kv = self._context_kv(x).view(x.shape[0], config.num_layers, 2, config.num_kv_heads, config.head_dim)
-        norms = torch.stack([layer.k_norm for layer in self._layers]).unsqueeze(1)
-        k = self._ops.rms_norm(kv[:, :, 0].contiguous(), self._ones, config.norm_eps) * norms
+        k = self._ops.rms_norm(kv[:, :, 0].contiguous(), self._ones, config.norm_eps) * self._k_norms
         k = rotate(k, cos[:, None, None], sin[:, None, None])
         return k.transpose(0, 1), kv[:, :, 1].transpose(0, 1)
+
+
+class Backbone(ContextLayers):
+    """The draft layers too, one operation after another. T counts flat slots (R rows of ``block_size`` each)."""
+
+    def __init__(
+        self, config: DSparkConfig, weights: Mapping[str, Tensor], *, linear: MakeLinear, ops: ElementOps | None = None
+    ) -> None:
+        super().__init__(config, weights, linear=linear, ops=ops)
+        self._norm = weights["norm.weight"]
+        self._layers = tuple(_layer(config, weights, f"layers.{i}.", linear) for i in range(config.num_layers))
 
     def blocks(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
         """[T, H] slot embeddings -> [T, H] final-norm output. cos, sin: [T, D/2] at the slots' positions."""
@@ -115,7 +125,6 @@ def _layer(config: DSparkConfig, weights: Mapping[str, Tensor], prefix: str, lin
     return _Layer(
         input_norm=weights[f"{prefix}input_layernorm.weight"],
         qkv=linear(torch.cat([weights[f"{attention}{x}_proj.weight"] for x in "qkv"])),
-        k_norm=k_norm,
         # Of all rotated heads at once, [Hq + Hkv, D].
         qk_norm=torch.cat([q_norm.expand(config.num_heads, -1), k_norm.expand(config.num_kv_heads, -1)]),
         output=linear(weights[f"{attention}o_proj.weight"]),

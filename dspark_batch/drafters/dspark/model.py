@@ -8,14 +8,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dspark_batch.drafters.dspark.backbone import Backbone
+from dspark_batch.drafters.dspark.backbone import Backbone, ContextLayers
 from dspark_batch.drafters.dspark.block_attention import BlockAttention
 from dspark_batch.drafters.dspark.checkpoint import HEAD, DrafterWeights
 from dspark_batch.drafters.dspark.confidence_head import confidence_head
 from dspark_batch.drafters.dspark.context_cache import ContextCache, RowContext, SpanWriter
 from dspark_batch.drafters.dspark.draft_sampler import DraftVocabulary
 from dspark_batch.drafters.dspark.markov_head import markov_head
-from dspark_batch.drafters.dspark.target_parts import LinearOp, TargetParts, head_rows
+from dspark_batch.drafters.dspark.target_parts import LinearOp, RunBlocks, TargetParts, head_rows
+from dspark_batch.tensors import BlockWeights
 
 DrawSlot = Callable[[Tensor, int], Tensor]
 """(logits [R, Vd] float32, slot) -> target token ids [R]; may overwrite the logits."""
@@ -40,7 +41,6 @@ class DSparkModel:
         self.config = config
         self._parts = parts
         self.vocabulary = DraftVocabulary(config.vocab_size, weights.token_ids)
-        self._backbone = Backbone(config, weights.tensors, linear=parts.linear, ops=parts.ops)
         self._markov = markov_head(config, weights.tensors, linear=parts.linear)
         self._confidence = confidence_head(config, weights.tensors)
         self._own_head = self._reduced_head(weights)
@@ -49,6 +49,11 @@ class DSparkModel:
         self._cos, self._sin = parts.rope_table(
             config.rope, head_dim=config.head_dim, num_positions=num_positions, where=where
         )
+        self._blocks = self._block_layers(weights)
+        self._backbone: Backbone | None = None
+        if self._blocks is None:
+            self._backbone = Backbone(config, weights.tensors, linear=parts.linear, ops=parts.ops)
+        self._context = self._backbone or ContextLayers(config, weights.tensors, linear=parts.linear, ops=parts.ops)
 
     def extend(self, cache: ContextCache, rows: Sequence[RowContext]) -> None:
         """Project the waiting features of all rows in one pass and keep the keys and values."""
@@ -62,7 +67,7 @@ class DSparkModel:
         for first in range(0, features.shape[0], _MAX_TOKENS_AT_ONCE):
             part = slice(first, first + _MAX_TOKENS_AT_ONCE)
             at = index[part]
-            k, v = self._backbone.context(features[part], self._cos[at], self._sin[at])
+            k, v = self._context.context(features[part], self._cos[at], self._sin[at])
             writer.write(cache.k, k.transpose(1, 2), at=first)
             writer.write(cache.v, v.transpose(1, 2), at=first)
 
@@ -73,11 +78,16 @@ class DSparkModel:
         """
         config, size = self.config, self.config.block_size
         device = self._parts.device
-        lengths = torch.tensor([row.length for row in rows]).to(device)
         token_ids = torch.full((len(rows), size), config.mask_token_id, device=device)
         token_ids[:, 0] = torch.tensor(anchors).to(device)
-        positions = (lengths[:, None] + torch.arange(size, device=device)).flatten()
         x = self._parts.embed(token_ids.flatten())
+        if self._blocks is not None:
+            places = [(row.start, row.length) for row in rows]
+            out = self._blocks(x, places, size=size, first=config.first_slot, k=cache.k, v=cache.v)
+            return out.view(len(rows), size - config.first_slot, -1)
+        assert self._backbone is not None
+        lengths = torch.tensor([row.length for row in rows]).to(device)
+        positions = (lengths[:, None] + torch.arange(size, device=device)).flatten()
         out = self._backbone.blocks(x, self._cos[positions], self._sin[positions], BlockAttention(config, cache, rows))
         return out.view(len(rows), size, -1)[:, config.first_slot :]
 
@@ -104,6 +114,24 @@ class DSparkModel:
     def logits(self, hidden: Tensor) -> Tensor:
         """[N, H] -> [N, Vd] float32, without the sequential head's bias."""
         return self._parts.logits(hidden) if self._own_head is None else self._own_head(hidden).float()
+
+    def _block_layers(self, weights: DrafterWeights) -> RunBlocks | None:
+        """All layers in one call, where the device can and no layer has a window."""
+        config = self.config
+        if any(window is not None for window in config.layer_windows):
+            return None
+        return self._parts.block_layers(
+            BlockWeights(
+                tensors=weights.tensors,
+                num_layers=config.num_layers,
+                num_heads=config.num_heads,
+                num_kv_heads=config.num_kv_heads,
+                head_dim=config.head_dim,
+                norm_eps=config.norm_eps,
+                cos=self._cos,
+                sin=self._sin,
+            )
+        )
 
     def _reduced_head(self, weights: DrafterWeights) -> LinearOp | None:
         if weights.token_ids is None:

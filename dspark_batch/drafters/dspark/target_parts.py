@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Final, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+from dspark_batch.tensors import BlockWeights
 
 LinearOp = Callable[[Tensor], Tensor]
 """[T, in] -> [T, out]"""
@@ -50,6 +52,20 @@ class TorchOps:
     def silu_mul(self, gate_up: Tensor) -> Tensor:
         gate, value = gate_up.chunk(2, dim=-1)
         return functional.silu(gate) * value
+
+
+class RunBlocks(Protocol):
+    """The draft layers over a context cache in one call. A block's slots see each other and their row's context."""
+
+    def __call__(
+        self, x: Tensor, blocks: Sequence[tuple[int, int]], *, size: int, first: int, k: Tensor, v: Tensor
+    ) -> Tensor:
+        """[R * size, H] slot embeddings, overwritten -> [R * (size - first), H] of the slots from ``first`` on, normed.
+
+        blocks: of every row the first token of its context in the cache, and how long the context is; the block's keys
+        and values are written behind it. k, v: [L, Hkv, N, D].
+        """
+        ...
 
 
 class TargetParts(Protocol):
@@ -96,6 +112,10 @@ class TargetParts(Protocol):
 
     def linear(self, weight: Tensor, *, float32: bool = False) -> LinearOp:
         """As :class:`MakeLinear`, in the layout that the device multiplies fastest."""
+        ...
+
+    def block_layers(self, weights: BlockWeights) -> RunBlocks | None:
+        """The draft layers as one call; None where the device has none."""
         ...
 
     def rope_table(

@@ -24,6 +24,7 @@ struct Shape {
   int32_t num_q_heads, num_kv_heads, head_dim, window;
   int64_t cache_tokens;  // N of the cache [Hkv, N, D]
   float scale, norm_eps;
+  int32_t is_causal;  // else the tokens of a slice see all of each other; then without a window
 };
 
 struct Item {
@@ -47,6 +48,8 @@ struct Plan {
     return lo > 0 ? lo / CHUNK_KEYS : 0;
   }
   static int end_chunk(int last_position) { return last_position / CHUNK_KEYS + 1; }
+  // The last position that token t of a slice sees.
+  int last_seen(const Row& r, int t) const { return r.kv_len + (shape.is_causal ? t : r.num_tokens - 1); }
   int partial_stride() const { return shape.head_dim + 2; }
 };
 
@@ -340,7 +343,7 @@ struct Attend {
             Query<T>& q = qs[n];
             q.q = qkv + int64_t(r.token_start + t) * qkv_width() + (item.kv_head * group + g) * dim;
             q.partial = item.split ? partial(index, item.kv_head, chunk, t * group + g) : parts + n * stride;
-            bounds(q, r.kv_len + t, k0);
+            bounds(q, plan.last_seen(r, t), k0);
             last = q.hi > last ? q.hi : last;
           }
       }

@@ -31,13 +31,14 @@ class NativeLayer:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NativeShape:
-    """Shape of a decoder."""
+    """Shape of a decoder. is_causal: as of ``AttentionShape``."""
 
     num_heads: int
     num_kv_heads: int
     head_dim: int
     hidden_size: int
     norm_eps: float
+    is_causal: bool = True
 
 
 class _LayerArgs(ctypes.Structure):
@@ -96,6 +97,7 @@ class NativeLayers:
             head_dim=shape.head_dim,
             cache_tokens=k.shape[2],
             norm_eps=shape.norm_eps,
+            is_causal=shape.is_causal,
         )
         self._windows = list(dict.fromkeys(layer.window for layer in layers))
         self._kept_alive = (tuple(layers), final_norm, k, v, cos, sin)

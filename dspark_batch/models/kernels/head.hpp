@@ -75,9 +75,9 @@ void screened_argmax_part(const Linear<T>& w, const Screen& screen, const T* x, 
       bounds.find(tops.first(range) * VECTORS, tops.last(range) * VECTORS, lower + range * m);
     });
     team.share_ranges(int(m), [&](int row) {
-      float most = -std::numeric_limits<float>::infinity();
+      float most = NO_OUTPUT;
       for (int64_t range = 0; range < ranges; range++) most = std::max(most, lower[range * m + row]);
-      least[row] = rows[row].is_known ? most : -std::numeric_limits<float>::infinity();
+      least[row] = rows[row].is_known ? most : NO_OUTPUT;
     });
     team.share_ranges(int(ranges), [&](int range) {
       float* logits = scratch<3>(SCREENED_ROWS * TILE_N);

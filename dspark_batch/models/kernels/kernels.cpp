@@ -49,7 +49,7 @@ void linear(const Linear<T>& w, const T* x, int64_t m, const Target<T>& to) {
 
 extern "C" {
 
-int ds_abi() { return 5; }
+int ds_abi() { return 6; }
 
 int ds_has_bf16_dot() {
 #ifdef DSPARK_DPBF16

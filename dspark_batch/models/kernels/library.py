@@ -18,7 +18,7 @@ from dspark_batch.models.kernels.build import SWITCH_VARIABLE, BuildError, build
 
 logger = logging.getLogger(__name__)
 
-ABI = 5
+ABI = 6
 DTYPES = (torch.bfloat16, torch.float32)
 KERNEL_LANES = 16
 """Widths are multiples of it."""
@@ -59,6 +59,7 @@ class _Shape(ctypes.Structure):
         ("cache_tokens", ctypes.c_int64),
         ("scale", ctypes.c_float),
         ("norm_eps", ctypes.c_float),
+        ("is_causal", ctypes.c_int32),
     )
 
 
@@ -144,13 +145,17 @@ the cache below ``prefix_len``, at ``own_start + p - prefix_len`` from there on.
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionShape:
-    """Heads of a layer, and the tokens of its cache. norm_eps: of the head norms."""
+    """Heads of a layer, and the tokens of its cache. norm_eps: of the head norms.
+
+    is_causal: else the tokens of a slice see all of each other, besides what is in the cache.
+    """
 
     num_q_heads: int
     num_kv_heads: int
     head_dim: int
     cache_tokens: int
     norm_eps: float = 1e-6
+    is_causal: bool = True
 
 
 class AttentionPlan:
@@ -170,6 +175,7 @@ class AttentionPlan:
         *,
         window: int | None = None,
     ) -> None:
+        assert shape.is_causal or window is None, "a window goes with causal attention only"
         native = _Shape(
             num_q_heads=shape.num_q_heads,
             num_kv_heads=shape.num_kv_heads,
@@ -178,6 +184,7 @@ class AttentionPlan:
             cache_tokens=shape.cache_tokens,
             scale=shape.head_dim**-0.5,
             norm_eps=shape.norm_eps,
+            is_causal=shape.is_causal,
         )
         flat = [value for row in rows for value in (0, *row)]
         array = (ctypes.c_int32 * len(flat))(*flat)

@@ -49,7 +49,7 @@ inline void make_plan(Plan& p) {
       for (int t = 0; t < r.num_tokens; t += TOKEN_TILE) {
         int n = std::min(TOKEN_TILE, r.num_tokens - t), low = 0;
         if (p.shape.window) low = std::max(0, r.kv_len + t + 1 - p.shape.window) / CHUNK_KEYS;
-        int stop = Plan::end_chunk(r.kv_len + t + n - 1);
+        int stop = Plan::end_chunk(p.last_seen(r, t + n - 1));
         for (int h = 0; h < heads; h++) p.items.push_back({i, 1, h, t, n, low, stop - low, false});
       }
     }

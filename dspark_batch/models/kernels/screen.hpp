@@ -15,6 +15,7 @@
 namespace ds {
 
 constexpr int MOST_WEIGHT = 127;
+constexpr float NO_OUTPUT = -std::numeric_limits<float>::infinity();
 constexpr double ROUNDED_UP = 1 + 1e-5;  // of norms, which are kept in float
 
 // Weights [N, K] as int8, packed [N / LANES][K / 2][LANES][2] with N rounded up to an even number of tiles; the rest is by
@@ -121,7 +122,7 @@ struct Bounds {
   // Vectors [first, last) of outputs: `upper`, and in lower [M] what the largest output of a row is at least.
   void find(int64_t first, int64_t last, float* lower) const {
     vf* best = reinterpret_cast<vf*>(scratch<5>(size_t(m) * LANES));
-    std::fill(best, best + m, splat(-std::numeric_limits<float>::infinity()));
+    std::fill(best, best + m, splat(NO_OUTPUT));
     for (int64_t vector = first; vector < last; vector += COLUMNS)
       for (int64_t row = 0; row < m;) {
         const int64_t left = m - row;
@@ -162,7 +163,7 @@ struct Bounds {
   static void cut(int64_t count, vf& above, vf& below) {
     alignas(64) float a[LANES], b[LANES];
     store(a, above), store(b, below);
-    for (int64_t i = count; i < LANES; i++) a[i] = b[i] = -std::numeric_limits<float>::infinity();
+    for (int64_t i = count; i < LANES; i++) a[i] = b[i] = NO_OUTPUT;
     above = load(a), below = load(b);
   }
 };

@@ -25,6 +25,7 @@ class Case:
     head_dim: int = 64
     window: int | None = None
     head_norms: bool = False
+    is_causal: bool = True
 
     @property
     def num_q_heads(self) -> int:
@@ -78,6 +79,7 @@ def run(kernels: Kernels, case: Case, given: Tensors) -> Tensor:
         head_dim=case.head_dim,
         cache_tokens=case.cache_tokens,
         norm_eps=1e-5,
+        is_causal=case.is_causal,
     )
     plan = AttentionPlan(kernels, case.rows, shape, window=case.window)
     out = torch.full((case.num_tokens, case.num_q_heads * case.head_dim), float("nan"), dtype=given.qkv.dtype)
@@ -116,15 +118,17 @@ def oracle(case: Case, given: Tensors) -> tuple[Tensor, Tensor, Tensor]:
     out = torch.zeros(case.num_tokens, case.num_q_heads, case.head_dim, dtype=torch.float64)
     flat = 0
     for row in case.rows:
+        for position, new in enumerate(heads[flat : flat + row[0]], start=row[1]):
+            cos, sin = given.cos[position].double(), given.sin[position].double()
+            new_k = new[case.num_q_heads : case.num_q_heads + case.num_kv_heads]
+            k[:, cache_index(row, position)] = rotated(normed(new_k, given.k_norm), cos, sin)
+            v[:, cache_index(row, position)] = new[case.num_q_heads + case.num_kv_heads :]
         for j in range(row[0]):
             position = row[1] + j
             cos, sin = given.cos[position].double(), given.sin[position].double()
             q = rotated(normed(heads[flat, : case.num_q_heads], given.q_norm), cos, sin)
-            new_k = heads[flat, case.num_q_heads : case.num_q_heads + case.num_kv_heads]
-            k[:, cache_index(row, position)] = rotated(normed(new_k, given.k_norm), cos, sin)
-            v[:, cache_index(row, position)] = heads[flat, case.num_q_heads + case.num_kv_heads :]
             first = max(0, position + 1 - case.window) if case.window else 0
-            seen = [cache_index(row, p) for p in range(first, position + 1)]
+            seen = [cache_index(row, p) for p in range(first, position + 1 if case.is_causal else row[1] + row[0])]
             grouped = q.double().view(case.num_kv_heads, case.group, case.head_dim)
             scores = grouped @ k[:, seen].double().transpose(1, 2) * case.head_dim**-0.5
             out[flat] = (scores.softmax(dim=-1) @ v[:, seen].double()).flatten(0, 1)
@@ -176,6 +180,14 @@ def test_decode_and_verify_slices_equal_the_oracle_for_every_head_shape(
 def test_a_window_hides_older_positions(kernels: Kernels, dtype: torch.dtype, window: int) -> None:
     rows, size = ragged(((1, 31), (5, 509), (37, 0), (1, 1)))
     check(kernels, Case(rows, size, window=window, num_kv_heads=1), dtype)
+
+
+@pytest.mark.parametrize(("group", "head_dim"), [(1, 64), (3, 32)])
+def test_slices_that_see_all_of_themselves_equal_the_oracle(
+    kernels: Kernels, dtype: torch.dtype, group: int, head_dim: int
+) -> None:
+    rows, size = ragged(((4, 31), (4, 0), (7, 253), (16, 249), (1, 256), (45, 230), (300, 0)))
+    check(kernels, Case(rows, size, num_kv_heads=1, group=group, head_dim=head_dim, is_causal=False), dtype)
 
 
 def test_head_norms_come_before_the_rotation(kernels: Kernels, dtype: torch.dtype) -> None:

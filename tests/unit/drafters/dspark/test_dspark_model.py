@@ -14,6 +14,10 @@ from dspark_batch.drafters.dspark.config import DSparkConfig
 from dspark_batch.drafters.dspark.context_cache import ContextCache
 from dspark_batch.drafters.dspark.model import DSparkModel
 from dspark_batch.drafters.dspark.reference import ReferenceDraft, reference_draft
+from dspark_batch.drafters.dspark.target_parts import RunBlocks
+from dspark_batch.models.draft_blocks import native_blocks
+from dspark_batch.models.kernels.library import load_kernels
+from dspark_batch.tensors import BlockWeights
 from dspark_batch.testing.tiny_drafter import PlainParts, random_drafter, tiny_drafter_config
 
 LENGTHS = (13, 1, 29, 7, 64, 5)
@@ -33,10 +37,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
 class Setup:
     """A random drafter, its parts, and random features of some rows."""
 
-    def __init__(self, variant: str, lengths: Sequence[int] = LENGTHS) -> None:
-        self.config: DSparkConfig = tiny_drafter_config(**VARIANTS[variant])
+    def __init__(
+        self, variant: str, lengths: Sequence[int] = LENGTHS, *, parts: PlainParts | None = None, **sizes: int
+    ) -> None:
+        self.config: DSparkConfig = tiny_drafter_config(**sizes, **VARIANTS[variant])
         self.weights: DrafterWeights = random_drafter(self.config)
-        self.parts = PlainParts.random()
+        self.parts = parts or PlainParts.random()
         self.model = DSparkModel(self.weights, self.parts, where="test")
         generator = torch.Generator().manual_seed(3)
         width = self.config.hidden_size * len(self.config.taps)
@@ -120,6 +126,38 @@ def test_ragged_rows_agree_with_the_one_row_oracle(
     for handle in (4, 0):
         [got] = setup.draft(cache, [handle])
         assert_close(got, setup.expected(handle))
+
+
+class NativeParts(PlainParts):
+    """With the draft layers on the kernels."""
+
+    def block_layers(self, weights: BlockWeights) -> RunBlocks | None:
+        kernels = load_kernels()
+        if kernels is None:
+            pytest.skip("no compiler")
+        return native_blocks(kernels, weights)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_layers_in_one_call_agree_with_the_one_row_oracle(variant: str) -> None:
+    setup = Setup(variant, parts=NativeParts.random(), head_dim=16, intermediate_size=64)
+    has_windows = any(setup.config.layer_windows)
+    assert (setup.model._blocks is None) == has_windows
+    cache, another = setup.cache(), setup.cache()
+    setup.fill(cache)
+    setup.fill(another)
+    for handles in (range(len(LENGTHS)), (4, 0)):
+        for found in (setup.draft(cache, handles), setup.draft(another, handles)):
+            for handle, got in zip(handles, found, strict=True):
+                assert_close(got, setup.expected(handle))
+
+
+def test_odd_widths_are_left_to_one_operation_after_another() -> None:
+    setup = Setup("rnn", parts=NativeParts.random())
+    assert setup.model._blocks is None
+    cache = setup.cache()
+    setup.fill(cache)
+    assert_close(setup.draft(cache, [2])[0], setup.expected(2))
 
 
 def test_padding_groups_of_any_size_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
