@@ -84,3 +84,11 @@ class MeasuredDrafter(Protocol):
     def expected_survival(self) -> Sequence[float]:
         """Share of its drafts that held up to and with each position; () where that is not known."""
         ...
+
+
+@runtime_checkable
+class LearningDrafter(Protocol):
+    """A drafter that rows teach: its drafts get better, or worse, as rows finish."""
+
+    @property
+    def learns_from_finished(self) -> bool: ...

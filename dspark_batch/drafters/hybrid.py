@@ -13,7 +13,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from dspark_batch.drafters.base import Committed, Drafter, DraftRow, MeasuredDrafter
+from dspark_batch.drafters.base import Committed, Drafter, DraftRow, LearningDrafter, MeasuredDrafter
 from dspark_batch.tensors import DraftBlock
 
 _FORGET = 0.98
@@ -73,6 +73,11 @@ class HybridDrafter:
     def expected_survival(self) -> Sequence[float]:
         """The model's; where looked-up drafts take its place they are thought to be no worse."""
         return self._model.expected_survival if isinstance(self._model, MeasuredDrafter) else ()
+
+    @property
+    def learns_from_finished(self) -> bool:
+        """Whether one of the two does."""
+        return any(isinstance(d, LearningDrafter) and d.learns_from_finished for d in (self._lookup, self._model))
 
     @property
     def taps(self) -> tuple[int, ...]:

@@ -86,6 +86,7 @@ class SuffixDrafter:
 
     name = "suffix"
     taps: tuple[int, ...] = ()
+    learns_from_finished = True
 
     def __init__(self, config: SuffixConfig | None = None, *, kernels: Kernels | None = None) -> None:
         self.config = config = config or SuffixConfig()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dspark_batch.drafters.base import Drafter, MeasuredDrafter
+from dspark_batch.drafters.base import Drafter, LearningDrafter, MeasuredDrafter
 from dspark_batch.engine.config import EngineConfig
 from dspark_batch.engine.step_profile import cost_table
 from dspark_batch.scheduling.auto import AutoLength
@@ -28,4 +28,5 @@ def make_policy(config: EngineConfig, drafter: Drafter, target: Target, *, targe
         draft_cost=DraftCost(table.drafts) if table is not None else None,
         may_use_draft=config.verification == "coupled",
         expected_survival=drafter.expected_survival if isinstance(drafter, MeasuredDrafter) else (),
+        learns_from_finished=isinstance(drafter, LearningDrafter) and drafter.learns_from_finished,
     )

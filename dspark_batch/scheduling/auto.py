@@ -58,7 +58,7 @@ class AutoLength:
     the drafter, learned where it is not given. may_use_draft: the plan may depend on the drafted tokens (coupled
     verification); one-hot drafts may always. causal_rule: how sampled drafts are cut where it may not: by Algorithm 1,
     or by the budget that would have been best in the round before. expected_survival: what is known of the drafter
-    from before, by draft position; () for nothing.
+    from before, by draft position; () for nothing. learns_from_finished: whether drafts may get better as rows finish.
     """
 
     def __init__(
@@ -70,11 +70,13 @@ class AutoLength:
         may_use_draft: bool = True,
         causal_rule: CausalRule = "lagged",
         expected_survival: Sequence[float] = (),
+        learns_from_finished: bool = True,
     ) -> None:
         if cost is None:
             logger.warning("schedule auto has no cost table for this target: every draft is made and verified in full")
         self._max_draft_tokens = max_draft_tokens
         self._may_use_draft = may_use_draft
+        self._learns_from_finished = learns_from_finished
         self.cost = cost
         self.draft_cost = draft_cost or DraftCost()
         self._prices = Prices(cost, self.draft_cost)
@@ -309,13 +311,13 @@ class AutoLength:
         return self._gates[self._kind]
 
     def _note_finished(self, load: RoundLoad) -> None:
-        """Finished rows teach some drafters: whenever their number has doubled, drafting is tried again."""
+        """Where they teach the drafter, drafting is tried again whenever their number has doubled."""
         gone = len(set(self._handles).difference(load.handles))
         self._handles = load.handles
         if gone:
             self._model.history.keep_only(load.handles)
             before = self._worth.num_finished
             self._worth.num_finished += gone
-            if (before + gone).bit_length() > before.bit_length():
+            if self._learns_from_finished and (before + gone).bit_length() > before.bit_length():
                 for gate in self._gates.values():
                     gate.hurry()

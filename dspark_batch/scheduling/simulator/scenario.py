@@ -127,7 +127,12 @@ def schedule_of(name: str, *, device: Device, num_draft_tokens: int, max_concurr
         return FixedLength(0)
     if name == AUTO:
         table = profiled(device, num_draft_tokens=num_draft_tokens, max_concurrency=max_concurrency)
-        return AutoLength(max_draft_tokens=num_draft_tokens, cost=StepCost(table), draft_cost=DraftCost(table.drafts))
+        return AutoLength(
+            max_draft_tokens=num_draft_tokens,
+            cost=StepCost(table),
+            draft_cost=DraftCost(table.drafts),
+            learns_from_finished=False,
+        )
     if name == THRESHOLD:
         return ThresholdLength(num_draft_tokens)
     length = name.removeprefix(_FIXED)

@@ -143,6 +143,12 @@ def test_a_draft_that_was_cut_tells_only_about_what_was_seen() -> None:
     assert drafter._chance(r) > before
 
 
+def test_it_learns_from_finished_rows_where_its_lookup_does() -> None:
+    model = RandomDrafter(vocab_size=16, max_draft_tokens=3)
+    assert HybridDrafter(SuffixDrafter(), model).learns_from_finished
+    assert not HybridDrafter(Fixed("lookup", [1], confidence=0.5), model).learns_from_finished
+
+
 def test_token_ids_do_not_depend_on_it() -> None:
     sampling = SamplingParams(max_new_tokens=29, ignore_eos=True)
     requests = [Request(id=str(i), prompt_token_ids=(i, 1, i), sampling=sampling) for i in range(7)]

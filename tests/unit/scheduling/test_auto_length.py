@@ -265,6 +265,19 @@ def test_rows_that_finish_bring_the_next_try_forward() -> None:
     assert any(w.asked)
 
 
+def test_rows_that_teach_the_drafter_nothing_bring_no_try_forward() -> None:
+    def num_tries(*, learns: bool) -> int:
+        policy = AutoLength(max_draft_tokens=GAMMA, cost=known_cost(saturated), learns_from_finished=learns)
+        w = world(saturated, HOPELESS, policy=policy)
+        w.run(600)
+        w.asked.clear()
+        for batch in range(1, 33):
+            w.run(6, first_handle=100 * batch)
+        return sum(map(bool, w.asked))
+
+    assert 0 < 2 * num_tries(learns=False) < num_tries(learns=True)
+
+
 def test_the_draining_tail_drafts_longer_than_the_full_batch() -> None:
     w = world(knee, says(0.8, 0.8), num_rows=64)
     w.run(100)
