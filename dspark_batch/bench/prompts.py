@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +35,8 @@ def read_prompts(path: Path, *, column: str = "prompt", system: str | None = Non
 
 def with_sampling(requests: list[Request], sampling: SamplingParams, *, first: int, count: int) -> list[Request]:
     """``count`` requests from ``first`` on, going round; each with an id of its own."""
-    chosen = []
-    for number in range(first, first + count):
-        request = requests[number % len(requests)]
-        chosen.append(Request(id=str(number), prompt=request.prompt, messages=request.messages, sampling=sampling))
-    return chosen
+    numbers = range(first, first + count)
+    return [replace(requests[number % len(requests)], id=str(number), sampling=sampling) for number in numbers]
 
 
 def _json_rows(path: Path) -> Iterator[tuple[str, bool]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -22,12 +24,12 @@ class NativeDraws:
     """Fulfils ``tensors.FastDraws``."""
 
     def __init__(self, head: PackedLinear) -> None:
-        self._best = ProductArgmax(head)
+        self.product_argmax: Callable[[Tensor], tuple[Tensor, Tensor]] = ProductArgmax(head)
         self.argmax, self.draw = head.kernels.argmax, head.kernels.draw
 
     def greedy(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """[N, H] -> tokens [N] int64, and whether the logits were finite; the arg-max of ``NativeDecoder.logits``."""
-        index, best = self._best(hidden.contiguous())
+        index, best = self.product_argmax(hidden.contiguous())
         return index.clamp_(min=0), best.isfinite()
 
 

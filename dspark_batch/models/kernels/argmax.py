@@ -32,6 +32,10 @@ class ProductArgmax:
         """Whether most outputs are never made."""
         return self._screen is not None
 
+    def of_all_outputs(self) -> ProductArgmax:
+        """The same without a screen."""
+        return ProductArgmax(self._product, screens=False)
+
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """[M, in] -> (index [M] int64, largest [M]) of the float32 outputs; index -1 where one is NaN."""
         product = self._product

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import pytest
 
+from dspark_batch.bench import head
+from dspark_batch.bench.head import profile_head
 from dspark_batch.bench.memory import measure_memory
 from dspark_batch.bench.shared_prefix import measure_shared_prefix, prefix_requests
 from dspark_batch.bench.step_profile import format_profiles, profile_steps
+from dspark_batch.core import Request
 from dspark_batch.engine.config import EngineConfig
 from dspark_batch.engine.engine import BatchEngine
 from dspark_batch.models.kernels.library import load_kernels
 from dspark_batch.models.loader import LoadedTarget, load_target
+from dspark_batch.models.native import NativeDecoder
 from dspark_batch.testing.tiny import save_tiny_checkpoint
 
 
@@ -44,6 +48,21 @@ def test_the_profile_divides_the_step_into_its_parts(loaded: LoadedTarget) -> No
         assert 0 < profile.floor_ms == min(profile.products_ms, profile.onednn_ms) + profile.kv_copy_ms
         assert profile.floor_share == pytest.approx(profile.floor_ms / profile.step_ms)
     assert len(format_profiles(profiles).splitlines()) == 3
+
+
+def test_the_head_is_timed_with_all_logits_and_with_few_and_left_as_it_was(loaded: LoadedTarget) -> None:
+    if load_kernels() is None:
+        pytest.skip("no native kernels here")
+    decoder = loaded.target.decoder
+    assert isinstance(decoder, NativeDecoder)
+    before = decoder.draws.product_argmax
+    prompt = Request(id="0", prompt_token_ids=(1, 2, 3))
+    found = profile_head(loaded, [prompt], num_rows=3, num_steps=2)
+    assert found.num_rows == 3
+    assert 0 < found.all_ms < found.step_all_ms
+    assert 0 < found.few_ms < found.step_few_ms
+    assert decoder.draws.product_argmax is before
+    assert len(head.format_profiles([found]).splitlines()) == 2
 
 
 def test_the_memory_report_samples_evenly_and_sees_all_kv_given_back(
