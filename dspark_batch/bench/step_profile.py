@@ -1,7 +1,8 @@
 """Where a plain decoding step's time goes, beside the least that its matrix products and KV reads could take.
 
 floor = all weights, head included, multiplied in a loop of products alone at the same number of rows, by the faster of
-the two products there are, plus the bytes of the live keys and values at the bandwidth of a copy.
+the two products there are, plus the bytes of the live keys and values at the bandwidth of a copy. A greedy step makes
+few of the logits (``bench.head``), so it may take less, and what is in neither products nor attention is a lower bound.
 
 On one thread the clock is the CPU time of that thread, so that other load on the machine hardly shows. On several it is
 the wall clock, and the machine must be idle: a loop of single products waits for every thread after each of them.

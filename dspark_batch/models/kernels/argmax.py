@@ -38,15 +38,10 @@ class ProductArgmax:
 
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """[M, in] -> (index [M] int64, largest [M]) of the float32 outputs; index -1 where one is NaN."""
-        product = self._product
         index = torch.empty(x.shape[0], dtype=torch.int64)
         best = torch.empty(x.shape[0], dtype=torch.float32)
-        product.kernels.lib.ds_product_argmax(
-            product.is_bf16,
-            product.weight.data_ptr(),
-            None if product.bias is None else product.bias.data_ptr(),
-            product.out_features,
-            product.in_features,
+        self._product.kernels.lib.ds_product_argmax(
+            *self._product.arguments,
             None if self._screen is None else ctypes.byref(self._screen.native),
             x.data_ptr(),
             x.shape[0],

@@ -80,13 +80,15 @@ class PackedLinear:
         """out += product, both rounded to the model's dtype first. out: [M, out]."""
         self._run(x, out, Epilogue.ADD)
 
+    @property
+    def arguments(self) -> tuple[int, int, int | None, int, int]:
+        """What native calls on this product begin with: the dtype's flag, weight, bias, outputs and inputs."""
+        bias = None if self.bias is None else self.bias.data_ptr()
+        return self.is_bf16, self.weight.data_ptr(), bias, self.out_features, self.in_features
+
     def _run(self, x: Tensor, out: Tensor, epilogue: Epilogue) -> None:
         self.kernels.lib.ds_linear(
-            self.is_bf16,
-            self.weight.data_ptr(),
-            None if self.bias is None else self.bias.data_ptr(),
-            self.out_features,
-            self.in_features,
+            *self.arguments,
             x.data_ptr(),
             x.shape[0],
             out.data_ptr(),

@@ -231,11 +231,8 @@ DS_INLINE vf exp_neg(vf x) {
 #else
   vf shifted = c * 1.44269504088896341f - 0.5f;
   vi k;
-  vf n;
-  for (int i = 0; i < vf::PARTS; i++) {
-    k.part[i] = __builtin_convertvector(shifted.part[i], vi::Part);
-    n.part[i] = __builtin_convertvector(k.part[i], vf::Part);
-  }
+  for (int i = 0; i < vf::PARTS; i++) k.part[i] = __builtin_convertvector(shifted.part[i], vi::Part);
+  vf n = to_float(k);
 #endif
   vf r = fma(n, splat(-0.693359375f), c);
   r = fma(n, splat(2.12194440e-4f), r);

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 
 from dspark_batch.bench import head
-from dspark_batch.bench.head import profile_head
 from dspark_batch.bench.memory import measure_memory
 from dspark_batch.bench.shared_prefix import measure_shared_prefix, prefix_requests
 from dspark_batch.bench.step_profile import format_profiles, profile_steps
@@ -57,7 +56,7 @@ def test_the_head_is_timed_with_all_logits_and_with_few_and_left_as_it_was(loade
     assert isinstance(decoder, NativeDecoder)
     before = decoder.draws.product_argmax
     prompt = Request(id="0", prompt_token_ids=(1, 2, 3))
-    found = profile_head(loaded, [prompt], num_rows=3, num_steps=2)
+    found = head.profile_head(loaded, [prompt], num_rows=3, num_steps=2)
     assert found.num_rows == 3
     assert 0 < found.all_ms < found.step_all_ms
     assert 0 < found.few_ms < found.step_few_ms
