@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import IO, TypeVar
 
 from pyarrow import fs
 
@@ -132,10 +132,11 @@ class Store:
         if not self.is_local:
             yield
             return
-        path = Path(self._path(name))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a") as file:
-            fcntl.flock(file, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
+        try:
+            file = self._try(lambda: self._lock(name, shared=shared), doing="lock", name=name)
+        except FileNotFoundError as error:
+            raise OutputError(f"cannot lock {self._path(name)}: {error}; did another run remove it?") from error
+        with file:
             yield
 
     def files(self, folder: str = "", *, recursive: bool = False) -> dict[str, StoredFile]:
@@ -178,6 +179,17 @@ class Store:
             return False
         fsync_folder(path.parent)
         return True
+
+    def _lock(self, name: str, *, shared: bool) -> IO[str]:
+        path = Path(self._path(name))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("a")
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
+        except OSError:
+            file.close()
+            raise
+        return file
 
     def _read(self, name: str) -> bytes:
         with self.filesystem.open_input_stream(self._path(name)) as stream:

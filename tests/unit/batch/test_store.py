@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+import errno
+from contextlib import AbstractContextManager
+from pathlib import Path
+
 import pytest
 from pyarrow import fs
 
@@ -66,3 +70,25 @@ def test_a_uri_without_a_filesystem_is_refused():
 )
 def test_only_faults_that_usually_pass_are_transient(error, transient):
     assert is_transient(error) is transient
+
+
+def test_a_folder_that_cannot_be_locked_is_an_output_error(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match=r"cannot lock .*/file/out/lock: .*Not a directory"), held(tmp_path / "file"):
+        pass
+
+    def no_locks(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("dspark_batch.batch.store.fcntl.flock", no_locks)
+    with pytest.raises(OutputError, match=r"cannot lock .*/out/lock: .*No locks available"), held(tmp_path):
+        pass
+
+
+def test_what_fails_while_a_lock_is_held_is_raised_as_it_is(tmp_path):
+    with pytest.raises(OSError, match="disk"), held(tmp_path):
+        raise OSError("disk")
+
+
+def held(folder: Path) -> AbstractContextManager[None]:
+    return Store(str(folder / "out")).lock("lock", shared=False)
