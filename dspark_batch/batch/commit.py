@@ -71,11 +71,12 @@ class RunStore:
     def run_id(self) -> str:
         return self.ticket.run_id
 
-    def open(self, fields: Mapping[str, object], *, mode: OutputMode | None = None) -> None:
+    def open(self, fields: Mapping[str, object], *, mode: OutputMode | None = None, anew: bool = False) -> None:
         """Take the folder for a run with these fingerprint fields.
 
         resume: go on with a run of the same fingerprint, or begin. error: begin; refuse a folder that holds a run.
-        overwrite: begin a new run beside the one that is there, or go on with such a one of the same fingerprint.
+        overwrite: begin a new run beside the one that is there, or go on with such a one of the same fingerprint,
+        unless ``anew``.
 
         Raises:
             FingerprintMismatchError: the folder holds a run with another fingerprint; names the fields that differ.
@@ -86,7 +87,7 @@ class RunStore:
         wanted = fingerprint(fields)
         text = self.read_meta(FINGERPRINT_FILE)
         known = None if text is None else json.loads(text)
-        if known is not None and self.mode == "overwrite" and known.get("fingerprint") != wanted:
+        if known is not None and self.mode == "overwrite" and (anew or known.get("fingerprint") != wanted):
             self._clear()
             known = None
         if known is not None:
@@ -101,10 +102,15 @@ class RunStore:
 
     def compare(self, fields: Mapping[str, object]) -> None:
         """What ``open`` would refuse about the folder. Writes nothing."""
+        if self.mode != "overwrite" or self.read_meta(FINGERPRINT_FILE) is None:
+            self.compare_unfinished(fields)
+
+    def compare_unfinished(self, fields: Mapping[str, object]) -> None:
+        """As ``compare``; and raise FingerprintMismatchError for other fields of an overwrite that did not end too."""
         text = self.read_meta(FINGERPRINT_FILE)
         if text is None:
             self._refuse_foreign_files()
-        elif self.mode != "overwrite":
+        else:
             self._compare(json.loads(text), fields)
 
     def join(self, fingerprint: str) -> RunStore:

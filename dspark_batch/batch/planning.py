@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,16 +12,16 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from dspark_batch.batch.commit import FINGERPRINT_FILE, RunStore, parquet_bytes
+from dspark_batch.batch.commit import RunStore, parquet_bytes
 from dspark_batch.batch.filters import parse_filter
 from dspark_batch.batch.layout import STAGING
 from dspark_batch.batch.publication import table_schema
 from dspark_batch.batch.reader import ShardReader, pack_bits
 from dspark_batch.batch.rows import check_id_column, row_ids
-from dspark_batch.batch.shards import Plan, Shard, check_unchanged, cut_files, identity_of
-from dspark_batch.batch.sources import InputFile, find_input_files
+from dspark_batch.batch.shards import Plan, Shard, StalePlanError, check_unchanged, cut_files, identity_of
+from dspark_batch.batch.sources import InputFile, InputFiles, find_input_files
 from dspark_batch.batch.working_copy import copy_root, moved_plan
-from dspark_batch.errors import InputError
+from dspark_batch.errors import FingerprintMismatchError, InputError
 from dspark_batch.job.config import JobConfig
 from dspark_batch.provenance import fingerprint
 
@@ -36,11 +36,15 @@ FieldsOf = Callable[[str | None], Mapping[str, object]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ResolvedPlan:
-    """A plan, the fingerprint fields of its run, and what ``save`` has to write before the first shard."""
+    """A plan, the fingerprint fields of its run, and what ``save`` has to write before the first shard.
+
+    ``begins_anew``: in place of an overwrite that did not end and cannot be gone on with; nothing of that counts.
+    """
 
     plan: Plan
     fields: Mapping[str, object]
     is_saved: bool
+    begins_anew: bool = False
     archived: Plan | None = None
     new_ids: pa.Array[Any] | None = None
 
@@ -66,22 +70,24 @@ def resolve_plan(config: JobConfig, *, run: RunStore, fields_of: FieldsOf, retry
         InputError: the input cannot be read, or is not the one that the run began with.
     """
     text = run.read_meta(PLAN_FILE)
-    root = _working_copy(config)
-    saved = None
-    if text is not None:
-        saved = moved_plan(Plan.from_json(text, source=f"{run.path}/{run.ticket.meta}/{PLAN_FILE}"), root=root)
-    incremental = config.input.incremental
-    if saved is not None:
-        fields = fields_of(None if incremental else saved.digest)
-        if config.output.mode != "overwrite":
-            run.compare(fields)
-        elif not _is_same_run(run, fields):
-            saved = None
-    if saved is None:
+    if text is None:
         return _first_plan(config, run=run, fields_of=fields_of)
+    try:
+        return _resumed(text, config, run=run, fields_of=fields_of, retry_failed=retry_failed)
+    except (StalePlanError, FingerprintMismatchError):
+        if config.output.mode != "overwrite":
+            raise
+    return replace(_first_plan(config, run=run, fields_of=fields_of), begins_anew=True)
+
+
+def _resumed(text: str, config: JobConfig, *, run: RunStore, fields_of: FieldsOf, retry_failed: bool) -> ResolvedPlan:
+    root = _working_copy(config)
+    saved = moved_plan(Plan.from_json(text, source=f"{run.path}/{run.ticket.meta}/{PLAN_FILE}"), root=root)
+    incremental = config.input.incremental
+    fields = fields_of(None if incremental else saved.digest)
+    run.compare_unfinished(fields)
     if incremental is None:
-        found = find_input_files(config.input, version=saved.version)
-        check_unchanged(saved, found.files)
+        check_unchanged(saved, find_input_files(config.input, version=saved.version).files)
         return ResolvedPlan(plan=saved, fields=fields, is_saved=True)
     if retry_failed:
         return ResolvedPlan(plan=moved_plan(_all_increments(run, saved), root=root), fields=fields, is_saved=True)
@@ -121,7 +127,10 @@ def _first_plan(config: JobConfig, *, run: RunStore, fields_of: FieldsOf) -> Res
 def _next_increment(config: JobConfig, *, run: RunStore, saved: Plan, fields: Mapping[str, object]) -> ResolvedPlan:
     """The saved plan with the files that have come since: as a new increment where the saved one is finished."""
     found = find_input_files(config.input)
-    known = {(file.path, *identity_of(file)) for file in saved.files}
+    lost = _lost_shards(run.join(fingerprint(fields)), saved, found) if config.input.incremental == "rows" else set()
+    # Rows of lost shards may stand in files that were read before.
+    before = () if lost else saved.files
+    known = {(file.path, *identity_of(file)) for file in before}
     new = [file for file in found.files if (file.path, *identity_of(file)) not in known]
     if not new:
         return ResolvedPlan(plan=saved, fields=fields, is_saved=True)
@@ -135,18 +144,52 @@ def _next_increment(config: JobConfig, *, run: RunStore, saved: Plan, fields: Ma
         schema=saved.schema,
         filter=config.input.filter,
     )
-    resolved = ResolvedPlan(plan=replace(added, id_files=saved.id_files), fields=fields, is_saved=False, archived=None)
+    resolved = ResolvedPlan(plan=replace(added, id_files=saved.id_files), fields=fields, is_saved=False)
     if config.input.incremental == "rows":
-        resolved = _only_new_rows(config, resolved, seen=_seen_ids(run, saved))
-    added = replace(resolved.plan, files=(*saved.files, *new))
+        resolved = _only_unseen_rows(config, resolved, run=run, saved=saved, lost=lost)
+    kept = replace(saved, shards=tuple(shard for shard in saved.shards if shard.name not in lost))
+    added = replace(resolved.plan, files=(*before, *new))
     if is_finished(run, saved):
         if not added.shards:
-            return replace(resolved, plan=replace(saved, files=added.files, id_files=added.id_files))
-        return replace(resolved, plan=replace(added, increment=saved.increment + 1), archived=saved)
+            return replace(resolved, plan=replace(kept, files=added.files, id_files=added.id_files))
+        return replace(resolved, plan=replace(added, increment=saved.increment + 1), archived=kept)
     plan = replace(
-        added, shards=(*saved.shards, *added.shards), increment=saved.increment, first_index=saved.first_index
+        added, shards=(*kept.shards, *added.shards), increment=saved.increment, first_index=saved.first_index
     )
     return replace(resolved, plan=plan)
+
+
+def _lost_shards(run: RunStore, saved: Plan, found: InputFiles) -> set[str]:
+    """Names of the shards that are not committed and whose file has changed or gone: they cannot be made any more."""
+    now = {file.path: identity_of(file) for file in found.files}
+    stale = {
+        shard.name for shard in saved.shards if shard.path not in now or shard.identity not in (None, now[shard.path])
+    }
+    return stale - run.committed().keys() if stale else stale
+
+
+def _only_unseen_rows(
+    config: JobConfig, resolved: ResolvedPlan, *, run: RunStore, saved: Plan, lost: Collection[str]
+) -> ResolvedPlan:
+    """As ``_only_new_rows``, after the saved plan. Rows of lost shards are new again, and leave the lists of ids."""
+    seen = _seen_ids(run, saved)
+    if not lost:
+        return _only_new_rows(config, resolved, seen=seen)
+    seen = [_without_rows_of(lost, saved, ids=pa.concat_arrays(seen))]
+    resolved = _only_new_rows(config, resolved, seen=seen)
+    assert resolved.new_ids is not None
+    plan = replace(resolved.plan, id_files=resolved.plan.id_files[-1:])
+    return replace(resolved, plan=plan, new_ids=pa.concat_arrays([*seen, resolved.new_ids]))
+
+
+def _without_rows_of(lost: Collection[str], saved: Plan, *, ids: pa.Array[Any]) -> pa.Array[Any]:
+    """The ids without those of some shards of the saved plan. Its ids, in the order of its shards, are the last."""
+    keep = np.ones(len(ids), dtype=np.bool_)
+    start = len(ids) - saved.num_rows
+    for shard in saved.shards:
+        keep[start : start + shard.num_rows] = shard.name not in lost
+        start += shard.num_rows
+    return ids.filter(pa.array(keep))
 
 
 def _only_new_rows(config: JobConfig, resolved: ResolvedPlan, *, seen: Sequence[pa.Array[Any]]) -> ResolvedPlan:
@@ -179,7 +222,8 @@ def _only_new_rows(config: JobConfig, resolved: ResolvedPlan, *, seen: Sequence[
         start += len(place)
         shards += _with_rows(shard, place[fresh])
     new_ids = ids_now.filter(pa.array(is_new))
-    names = (*plan.id_files, f"{len(plan.id_files) + 1:06d}.parquet")
+    last = int(plan.id_files[-1].removesuffix(".parquet")) if plan.id_files else 0
+    names = (*plan.id_files, f"{last + 1:06d}.parquet")
     return replace(resolved, plan=replace(plan, shards=tuple(shards), id_files=names), new_ids=new_ids)
 
 
@@ -225,13 +269,8 @@ def _refuse_changed(saved: Plan, new: Sequence[InputFile]) -> None:
     before = {file.path for file in saved.files}
     changed = [file.path for file in new if file.path in before]
     if changed:
-        raise InputError(
+        raise StalePlanError(
             "files that earlier runs had have changed since:\n  "
             + "\n  ".join(changed)
             + "\ninput.incremental=files takes each file once: give new data new files, or use input.incremental=rows"
         )
-
-
-def _is_same_run(run: RunStore, fields: Mapping[str, object]) -> bool:
-    text = run.read_meta(FINGERPRINT_FILE)
-    return text is not None and json.loads(text).get("fingerprint") == fingerprint(fields)

@@ -20,12 +20,13 @@ from dspark_batch.batch.prompts import prompt_columns
 from dspark_batch.batch.pruning import Pruner
 from dspark_batch.batch.rows import ShardInput, row_ids
 from dspark_batch.batch.schema import missing_columns
-from dspark_batch.batch.shards import Shard
+from dspark_batch.batch.shards import Identity, Shard, facts
 from dspark_batch.batch.sources import open_input_filesystem
 from dspark_batch.errors import ConfigError, InputError
 from dspark_batch.job.config import JobConfig
 
 ROW_INDEX = "__dspark_row_index"
+NS_PER_S = 1_000_000_000
 
 
 def columns_to_read(config: JobConfig, *, schema: pa.Schema) -> pa.Schema:
@@ -70,6 +71,7 @@ class ShardReader:
         if columns is not None:
             self.schema = pa.schema([field for field in plan_schema if field.name in columns])
         self._id_column = config.input.id
+        self._is_by_rows = config.input.incremental == "rows"
         self._delimiter = config.input.delimiter
         self._filter = None
         if config.input.filter is not None:
@@ -82,7 +84,7 @@ class ShardReader:
     def read(self, shard: Shard) -> ShardInput:
         """The rows of a shard that are to be done and pass the filter, with their ids.
 
-        Raises InputError naming file and reason.
+        Raises InputError naming file and reason, also where the file is not the one that was planned.
         """
         table, index = self.read_rows(shard)
         ids = row_ids(table, id_column=self._id_column, relative_file=shard.relative, row_index=index)
@@ -92,7 +94,11 @@ class ShardReader:
         """As ``read``: the rows, and their places in the file."""
         try:
             with self._lock:
-                table, index = self._read(shard)
+                try:
+                    table, index = self._read(shard)
+                finally:
+                    # Not before, so that a file that is replaced while it is read is noticed too.
+                    self._refuse_changed(shard)
         except (OSError, pa.ArrowException) as error:
             self._drop_cursor()
             raise InputError(f"{shard.path}: cannot be read: {error}") from error
@@ -116,6 +122,35 @@ class ShardReader:
         """Close the file that is open, if any."""
         with self._lock:
             self._drop_cursor()
+
+    def _refuse_changed(self, shard: Shard) -> None:
+        if shard.identity is None:
+            return
+        info = self._fs.get_file_info(shard.path)
+        if self._is_planned(info, shard.identity):
+            return
+        now = "gone" if info.type != fs.FileType.File else facts((info.size, info.mtime_ns))
+        way_out = (
+            "run the job without --retry-failed: it takes the rows that are not done as they are now"
+            if self._is_by_rows
+            else "begin a new run (another output.path, or output.mode=overwrite)"
+        )
+        raise InputError(
+            f"{shard.path} is not the file that this run planned ({facts(shard.identity)} then, {now} now); "
+            f"restore it, or {way_out}"
+        )
+
+    def _is_planned(self, info: fs.FileInfo, identity: Identity) -> bool:
+        size_bytes, mark = identity
+        if info.type != fs.FileType.File or info.size != size_bytes:
+            return False
+        if isinstance(mark, str):
+            # In the copy that a Ray job has of its working directory nothing is rewritten.
+            return True
+        if mark is None or info.mtime_ns is None or isinstance(self._fs, fs.LocalFileSystem):
+            return mark == info.mtime_ns
+        # Object stores may give fractions of a second when they list a folder and none when asked for one file.
+        return mark // NS_PER_S == info.mtime_ns // NS_PER_S
 
     def _drop_cursor(self) -> None:
         if self._cursor is not None:

@@ -23,6 +23,13 @@ from dspark_batch.job.config import InputSection
 
 PLAN_VERSION = 2
 
+Identity = tuple[int, int | str | None]
+"""What a file still has as long as its content is the same: its size, and its modification time or checksum."""
+
+
+class StalePlanError(InputError):
+    """A saved plan cannot be gone on with: it is not readable, or the input is not the one that it was made over."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shard:
@@ -31,6 +38,7 @@ class Shard:
     Rows ``row_start`` to ``row_stop`` of the file, before any filter; for text formats also the bytes that hold them.
     ``names`` are the columns of the file, for CSV and where there are ``constants`` beside them. ``keep`` tells which
     rows are to be done where not all are: a base64 text of packed bits. ``num_rows`` counts the rows to be done.
+    ``identity`` is that of the file when it was planned; None for the files of tables, which are never rewritten.
     """
 
     name: str
@@ -45,6 +53,7 @@ class Shard:
     names: tuple[str, ...] = ()
     constants: Constants = ()
     keep: str | None = None
+    identity: Identity | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,7 +106,7 @@ class Plan:
 
     @classmethod
     def from_json(cls, text: str, *, source: str) -> Plan:
-        """Raises InputError where the text is not a plan of this version."""
+        """Raises StalePlanError where the text is not a plan of this version."""
         try:
             values: dict[str, Any] = json.loads(text)
             if values["version"] != PLAN_VERSION:
@@ -112,7 +121,7 @@ class Plan:
                 id_files=tuple(values["id_files"]),
             )
         except (ValueError, TypeError, KeyError, pa.ArrowException) as error:
-            raise InputError(
+            raise StalePlanError(
                 f"{source} is not a plan that can be resumed: {error}; use output.mode=overwrite"
             ) from error
 
@@ -165,7 +174,7 @@ def cut_files(
             before = [] if whole is None else [whole]
             whole = unify(before, cut.schema, file=file.path, is_text=is_text)
         shards += [
-            _named(file, piece, cut=cut, format=found.format, index=first_index + len(shards) + place)
+            _named(file, piece, cut=cut, found=found, index=first_index + len(shards) + place)
             for place, piece in enumerate(cut.pieces)
         ]
     assert whole is not None, "an input has at least one file"
@@ -181,28 +190,36 @@ def cut_files(
     return Plan(files=found.files, shards=tuple(kept), schema=whole, version=found.version, first_index=first_index)
 
 
-def identity_of(file: InputFile) -> tuple[int, int | str | None]:
-    """What a file still has as long as its content is the same: its size, and its modification time or checksum."""
+def identity_of(file: InputFile) -> Identity:
+    """The identity of a file as it was found."""
     return file.size_bytes, file.mtime_ns if file.checksum is None else file.checksum
 
 
 def check_unchanged(plan: Plan, files: Sequence[InputFile]) -> None:
-    """Raise InputError naming the files that were added, removed or changed since the plan was made."""
+    """Raise StalePlanError naming the files that were added, removed or changed since the plan was made."""
     before = {file.path: file for file in plan.files}
     now = {file.path: file for file in files}
     changes = [f"missing: {path}" for path in sorted(before.keys() - now.keys())]
     changes += [f"added: {path}" for path in sorted(now.keys() - before.keys())]
     changes += [
-        f"changed: {path} ({_facts(before[path])} then, {_facts(now[path])} now)"
+        f"changed: {path} ({facts(identity_of(before[path]))} then, {facts(identity_of(now[path]))} now)"
         for path in sorted(before.keys() & now.keys())
         if identity_of(before[path]) != identity_of(now[path])
     ]
     if changes:
-        raise InputError(
+        raise StalePlanError(
             "the input is not the one that this run began with:\n  "
             + "\n  ".join(changes)
             + "\nrestore it, or begin a new run (another output.path, or output.mode=overwrite)"
         )
+
+
+def facts(identity: Identity) -> str:
+    """An identity as messages show it."""
+    size_bytes, mark = identity
+    if isinstance(mark, str):
+        return f"{size_bytes} bytes, SHA-256 {mark[:12]}"
+    return f"{size_bytes} bytes, modified {mark} ns"
 
 
 def _not_pruned(
@@ -238,19 +255,13 @@ def _with_tuples(values: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _facts(file: InputFile) -> str:
-    if file.checksum is not None:
-        return f"{file.size_bytes} bytes, SHA-256 {file.checksum[:12]}"
-    return f"{file.size_bytes} bytes, modified {file.mtime_ns} ns"
-
-
-def _named(file: InputFile, piece: Piece, *, cut: CutFile, format: FileFormat, index: int) -> Shard:
+def _named(file: InputFile, piece: Piece, *, cut: CutFile, found: InputFiles, index: int) -> Shard:
     """The name says the shard's place in the plan and pins its file and row range."""
     place = f"{file.relative}:{piece.row_start}:{piece.row_stop - piece.row_start}"
     short = hashlib.sha256(place.encode()).hexdigest()[:8]
     return Shard(
         name=f"part-{index:05d}-{short}",
-        format=format,
+        format=found.format,
         path=file.path,
         relative=file.relative,
         row_start=piece.row_start,
@@ -260,4 +271,5 @@ def _named(file: InputFile, piece: Piece, *, cut: CutFile, format: FileFormat, i
         byte_stop=piece.byte_stop,
         names=cut.names or (tuple(cut.schema.names) if file.constants else ()),
         constants=file.constants,
+        identity=identity_of(file) if found.version is None else None,
     )

@@ -104,7 +104,8 @@ def remaining(run: PreparedRun, *, retry_failed: bool = False, verify: bool = Fa
 
     ``verify`` compares the checksum of every output file instead of its size and modification time.
     """
-    committed = run.store.join(run.fingerprint).committed(verify_checksums=verify)
+    store = run.store.join(run.fingerprint)
+    committed = {} if run.resolved.begins_anew else store.committed(verify_checksums=verify)
     todo = tuple(
         shard
         for shard in run.plan.shards

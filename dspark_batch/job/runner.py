@@ -90,7 +90,7 @@ def dry_run_job(path: str | Path, *, overrides: Sequence[str] = ()) -> Outcome:
 
 
 def _begin(run: PreparedRun) -> None:
-    run.store.open(run.fields)
+    run.store.open(run.fields, anew=run.resolved.begins_anew)
     run.resolved.save(run.store)
     run.store.write_meta("run.yaml", dump_config(run.config))
     run.store.withdraw_success()

@@ -25,7 +25,7 @@ def start_run(config: JobConfig, *, store: Store | None = None, engine: Scripted
         run=run,
         fields_of=lambda digest: fingerprint_fields(config, weights_fingerprint="scripted", input_digest=digest),
     )
-    run.open(resolved.fields)
+    run.open(resolved.fields, anew=resolved.begins_anew)
     resolved.save(run)
     plan = resolved.plan
     done = run.committed()

@@ -49,6 +49,30 @@ def test_an_overwrite_that_breaks_leaves_the_old_output_and_goes_on(job, monkeyp
     assert after["answer"] != before["answer"]
 
 
+def test_an_overwrite_that_broke_begins_anew_once_its_input_has_changed(job, monkeypatch):
+    assert run_cli(["run", job.write()]) == ExitCode.OK
+    changed = ["run", job.write(), "sampling.seed=5", "output.mode=overwrite"]
+    monkeypatch.setenv(FAULT_AFTER_VARIABLE, "20")
+    assert run_cli(changed) == ExitCode.FATAL
+    monkeypatch.delenv(FAULT_AFTER_VARIABLE)
+    pq.write_table(reviews(53).slice(47), job.folder / "later.parquet")
+    assert run_cli(changed) == ExitCode.OK
+    assert stars(job) == list(range(53))
+
+
+@pytest.mark.parametrize("incremental", [None, "rows"])
+def test_an_overwrite_whose_plan_cannot_be_read_begins_anew(job, monkeypatch, incremental):
+    job.config["input"]["incremental"] = incremental
+    changed = ["run", job.write(), "output.mode=overwrite"]
+    monkeypatch.setenv(FAULT_AFTER_VARIABLE, "20")
+    assert run_cli(changed) == ExitCode.FATAL
+    monkeypatch.delenv(FAULT_AFTER_VARIABLE)
+    (job.out / "_dspark" / "next" / "plan.json").write_text("{")
+    assert run_cli(changed) == ExitCode.OK
+    assert job.metrics()[-1]["done"]["num_shards"] == 8
+    assert stars(job) == list(range(47))
+
+
 def test_an_overwrite_over_its_limits_does_not_replace_anything(job):
     assert run_cli(["run", job.write()]) == ExitCode.OK
     before = read_output(str(job.out))
@@ -66,6 +90,21 @@ def test_nightly_starts_do_new_files_and_count_only_them(job, capsys):
     assert "done: 6 rows in 1 shards" in capsys.readouterr().out
     assert run_cli(["run", job.write()]) == ExitCode.OK
     assert stars(job) == list(range(53))
+
+
+@pytest.mark.parametrize("incremental", ["files", "rows"])
+def test_failed_rows_of_a_file_that_has_changed_are_not_tried_again_on_other_rows(
+    job, monkeypatch, capsys, incremental
+):
+    job.config["input"]["incremental"] = incremental
+    monkeypatch.setenv("DSPARK_BATCH_TEST_FAILURES", "Say text 3=engine_error")
+    assert run_cli(["run", job.write()]) == ExitCode.SOME_ROWS_FAILED
+    monkeypatch.delenv("DSPARK_BATCH_TEST_FAILURES")
+    before = job.parts()
+    pq.write_table(reviews(48).slice(1), job.folder / "in.parquet", row_group_size=13)
+    assert run_cli(["run", job.write(), "--retry-failed"]) == ExitCode.FATAL
+    assert "in.parquet is not the file that this run planned" in capsys.readouterr().err
+    assert job.parts() == before
 
 
 def test_verify_makes_again_what_was_changed_without_a_trace(job):

@@ -9,8 +9,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from dspark_batch.batch.commit import read_output
-from dspark_batch.batch.planning import resolve_plan
+from dspark_batch.batch.commit import RunStore, read_output
+from dspark_batch.batch.fingerprint import fingerprint_fields
+from dspark_batch.batch.planning import ResolvedPlan, resolve_plan
 from dspark_batch.errors import InputError
 from dspark_batch.testing.faulty_store import FaultyStore, SimulatedCrashError
 from dspark_batch.testing.pipeline import start_run
@@ -88,16 +89,61 @@ def test_limits_count_over_the_increment(make_config, tmp_path):
     start_run(config)
     write(tmp_path / "in", "b.parquet", [100, 101])
 
-    from dspark_batch.batch.commit import RunStore
-    from dspark_batch.batch.fingerprint import fingerprint_fields
+    plan = resolved(config).plan
+    assert (plan.num_rows, plan.increment, len(plan.shards)) == (2, 2, 1)
+    assert resolved(config, retry_failed=True).plan.num_rows == 50
+
+
+def resolved(config, *, save: bool = False, **rest) -> ResolvedPlan:
+    """What a start plans. With ``save`` it gets as far as writing that down, and no further."""
 
     def fields_of(digest: str | None) -> dict[str, object]:
         return fingerprint_fields(config, weights_fingerprint="scripted", input_digest=digest)
 
-    plan = resolve_plan(config, run=RunStore(config.output.path), fields_of=fields_of).plan
-    assert (plan.num_rows, plan.increment, len(plan.shards)) == (2, 2, 1)
-    everything = resolve_plan(config, run=RunStore(config.output.path), fields_of=fields_of, retry_failed=True).plan
-    assert everything.num_rows == 50
+    run = RunStore(config.output.path, mode=config.output.mode)
+    found = resolve_plan(config, run=run, fields_of=fields_of, **rest)
+    if save:
+        run.open(found.fields, anew=found.begins_anew)
+        found.save(run)
+    return found
+
+
+def test_planned_rows_of_a_file_that_was_rewritten_are_taken_from_it_as_it_is_now(make_config, tmp_path):
+    config = config_of(make_config, "rows")
+    write(tmp_path / "in", "a.parquet", [1, 2, 3])
+    resolved(config, save=True)
+    write(tmp_path / "in", "a.parquet", [0, 1, 2, 3, 4])
+    start_run(config)
+    assert numbers(config) == [0, 1, 2, 3, 4]
+    write(tmp_path / "in", "b.parquet", [3, 5])
+    start_run(config)
+    assert numbers(config) == [0, 1, 2, 3, 4, 5]
+
+
+def test_planned_rows_of_a_file_that_is_gone_are_taken_from_wherever_they_stand(make_config, tmp_path):
+    config = config_of(make_config, "rows")
+    write(tmp_path / "in", "0.parquet", list(range(10, 17)))
+    start_run(config)
+    write(tmp_path / "in", "a.parquet", [1, 2, 3])
+    write(tmp_path / "in", "b.parquet", [2, 4, 10])
+    resolved(config, save=True)
+    (tmp_path / "in" / "a.parquet").rename(tmp_path / "a.parquet")
+    start_run(config)
+    assert numbers(config) == [2, 4, *range(10, 17)]
+    (tmp_path / "a.parquet").rename(tmp_path / "in" / "a.parquet")
+    start_run(config)
+    assert numbers(config) == [1, 2, 3, 4, *range(10, 17)]
+
+
+def test_a_file_that_changed_in_an_unfinished_overwrite_begins_it_anew(make_config, tmp_path):
+    config = config_of(make_config, "files", output={"mode": "overwrite"})
+    write(tmp_path / "in", "a.parquet", list(range(12)))
+    with pytest.raises(SimulatedCrashError):
+        start_run(config, store=FaultyStore(config.output.path, fail_at=13))
+    assert list((tmp_path / "out" / "_dspark" / "next" / "manifest").iterdir())
+    write(tmp_path / "in", "a.parquet", list(range(12)), mark=" anew")
+    assert start_run(config) == 3
+    assert all(text.endswith("anew") for text in read_output(config.output.path)["text"].to_pylist())
 
 
 @pytest.mark.parametrize("how", ["files", "rows"])
@@ -119,4 +165,28 @@ def test_killed_at_random_over_many_nights_every_row_is_there_once(make_config, 
                 continue
     start_run(config)
     assert numbers(config) == sorted(written)
+    assert start_run(config) == 0
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_killed_at_random_while_files_are_rewritten_no_id_is_lost_or_doubled(make_config, tmp_path, seed):
+    rng = random.Random(seed)
+    config = config_of(make_config, "rows")
+    for night in range(6):
+        for name in rng.sample("abcd", 2):
+            write(tmp_path / "in", f"{name}.parquet", rng.sample(range(40), rng.randrange(1, 14)), mark=f" {night}")
+        if night and rng.random() < 0.3:
+            rng.choice(list((tmp_path / "in").iterdir())).unlink()
+            write(tmp_path / "in", "e.parquet", rng.sample(range(40), 3))
+        for _ in range(rng.randrange(0, 3)):
+            store = FaultyStore(config.output.path, fail_at=rng.randrange(1, 25))
+            try:
+                start_run(config, store=store)
+            except SimulatedCrashError:
+                continue
+    start_run(config)
+    found = numbers(config)
+    wanted = {n for file in (tmp_path / "in").iterdir() for n in pq.read_table(file)["n"].to_pylist()}
+    assert len(set(found)) == len(found)
+    assert wanted <= set(found)
     assert start_run(config) == 0

@@ -173,9 +173,10 @@ def test_a_file_that_breaks_in_the_middle_is_named_when_its_shard_is_read(make_c
     path.parent.mkdir()
     pq.write_table(numbered(5000), path, compression="zstd", use_dictionary=False)
     plan = make_plan(make_config().input, max_rows=1000)
-    data = bytearray(path.read_bytes())
+    data, modified_ns = bytearray(path.read_bytes()), path.stat().st_mtime_ns
     data[200 : len(data) // 2] = b"\xff" * (len(data) // 2 - 200)
     path.write_bytes(data)
+    os.utime(path, ns=(modified_ns, modified_ns))
     reader = ShardReader(make_config(), plan_schema=plan.schema)
     with pytest.raises(InputError, match=r"a\.parquet: cannot be read"):
         _ = [reader.read(shard) for shard in plan.shards]
@@ -250,3 +251,28 @@ def test_an_empty_table_gives_a_plan_without_shards(tmp_path):
     plan = make_plan(InputSection(path=str(tmp_path / "in")), max_rows=5)
     assert plan.shards == ()
     assert plan.schema.names == ["text", "n"]
+
+
+@pytest.mark.parametrize("kind", ["parquet", "jsonl"])
+def test_a_file_that_is_rewritten_after_it_was_planned_is_refused_also_at_the_same_size(make_config, tmp_path, kind):
+    path = tmp_path / "in" / f"a.{kind}"
+
+    def put(start: int) -> None:
+        if kind == "jsonl":
+            write_lines(path, [{"text": f"row {row}"} for row in range(start, start + 8)])
+        else:
+            write_ragged(path, numbered(8, start=start), seed=1)
+
+    put(1)
+    plan = make_plan(make_config().input, max_rows=5)
+    reader = ShardReader(make_config(), plan_schema=plan.schema)
+    reader.read(plan.shards[0])
+    size_bytes = path.stat().st_size
+    put(2)
+    assert path.stat().st_size == size_bytes
+    with pytest.raises(InputError, match=rf"a\.{kind} is not the file that this run planned \({size_bytes} bytes"):
+        reader.read(plan.shards[1])
+    path.unlink()
+    with pytest.raises(InputError, match="gone now"):
+        reader.read(plan.shards[0])
+    reader.close()
