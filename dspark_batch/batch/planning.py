@@ -65,8 +65,8 @@ def resolve_plan(config: JobConfig, *, run: RunStore, fields_of: FieldsOf, retry
     """The plan for this start. Reads the output folder and the input, and writes nothing.
 
     Raises:
-        FingerprintMismatchError, OutputError: the output holds a run with other settings, or mode is error and a run
-            is there.
+        FingerprintMismatchError, OutputError: the output holds a run with other settings or of another table version,
+            or mode is error and a run is there.
         InputError: the input cannot be read, or is not the one that the run began with.
     """
     text = run.read_meta(PLAN_FILE)
@@ -87,11 +87,21 @@ def _resumed(text: str, config: JobConfig, *, run: RunStore, fields_of: FieldsOf
     fields = fields_of(None if incremental else saved.digest)
     run.compare_unfinished(fields)
     if incremental is None:
+        _check_version(config, run=run, saved=saved)
         check_unchanged(saved, find_input_files(config.input, version=saved.version).files)
         return ResolvedPlan(plan=saved, fields=fields, is_saved=True)
     if retry_failed:
         return ResolvedPlan(plan=moved_plan(_all_increments(run, saved), root=root), fields=fields, is_saved=True)
     return _next_increment(config, run=run, saved=saved, fields=fields)
+
+
+def _check_version(config: JobConfig, *, run: RunStore, saved: Plan) -> None:
+    if config.input.version not in (None, saved.version):
+        raise FingerprintMismatchError(
+            f"{run.path} holds a run of another version of the input:\n"
+            f"  input.version: {saved.version} there, {config.input.version} here\n"
+            "choose another output.path, restore this setting, or use output.mode=overwrite"
+        )
 
 
 def _working_copy(config: JobConfig) -> str | None:

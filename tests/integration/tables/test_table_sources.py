@@ -8,7 +8,8 @@ import pyarrow as pa
 import pytest
 
 from dspark_batch.batch.commit import read_output
-from dspark_batch.errors import InputError
+from dspark_batch.batch.sources import find_input_files
+from dspark_batch.errors import FingerprintMismatchError, InputError
 from dspark_batch.job.config import JobConfig
 from dspark_batch.testing.faulty_store import FaultyStore, SimulatedCrashError
 from dspark_batch.testing.pipeline import start_run
@@ -32,14 +33,14 @@ class Source:
         catalog.create_namespace_if_not_exists("ns")
         catalog.create_table_if_not_exists("ns.source", schema=table.schema).append(table)
 
-    def config(self, **section) -> JobConfig:
+    def config(self, *, mode: str = "resume", **section) -> JobConfig:
         path = str(self.folder / "table") if self.format == "delta" else "ns.source"
         catalog = None if self.format == "delta" else catalog_of(self.folder)
         return JobConfig.model_validate(
             {
                 "input": {"path": path, "format": self.format, "id": "id", "catalog": catalog, **section},
                 "prompt": {"template": "Say {{ text }}"},
-                "output": {"path": str(self.folder / "out")},
+                "output": {"path": str(self.folder / "out"), "mode": mode},
                 "shards": {"rows": 5},
             }
         )
@@ -63,6 +64,30 @@ def test_a_resumed_run_goes_on_with_the_version_that_it_began_with(source):
     assert start_run(source.config()) >= 1
     assert source.numbers() == list(range(12))
     assert start_run(source.config()) == 0
+
+
+def test_another_version_than_that_of_the_run_is_another_run(source):
+    source.append(rows_of(0, 12))
+    first = find_input_files(source.config().input).version
+    start_run(source.config(version=first))
+    source.append(rows_of(12, 20))
+    second = find_input_files(source.config().input).version
+    with pytest.raises(FingerprintMismatchError, match=rf"input.version: {first} there, {second} here"):
+        start_run(source.config(version=second))
+    assert start_run(source.config(version=first)) == start_run(source.config()) == 0
+    assert source.numbers() == list(range(12))
+
+
+def test_an_overwrite_at_another_version_than_the_one_that_broke_begins_anew(source):
+    source.append(rows_of(0, 12))
+    first = find_input_files(source.config().input).version
+    source.append(rows_of(12, 20))
+    second = find_input_files(source.config().input).version
+    path = source.config().output.path
+    with pytest.raises(SimulatedCrashError):
+        start_run(source.config(mode="overwrite", version=first), store=FaultyStore(path, fail_at=11))
+    start_run(source.config(mode="overwrite", version=second))
+    assert source.numbers() == list(range(20))
 
 
 def test_a_nightly_run_takes_what_was_appended(source):
