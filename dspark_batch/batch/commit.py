@@ -136,7 +136,7 @@ class RunStore:
         assert self._is_open, "open or join the run first"
         if not replace and (standing := self.entry(result.key)) is not None:
             return standing
-        data = parquet_bytes(result.table)
+        data = parquet_bytes(result.table, keeps_types=self.format == "parquet")
         sha256 = hashlib.sha256(data).hexdigest()
         file = f"{result.key}.parquet" if self.format == "parquet" else f"{result.key}-{sha256[:8]}.parquet"
         for _ in range(MAX_COMMIT_ATTEMPTS):
@@ -320,11 +320,14 @@ class RunStore:
         self.store.delete(last)
 
 
-def parquet_bytes(table: pa.Table) -> bytes:
-    """The table as one Parquet file. The same table gives the same bytes."""
+def parquet_bytes(table: pa.Table, *, keeps_types: bool = True) -> bytes:
+    """The table as one Parquet file. The same table gives the same bytes.
+
+    ``keeps_types``: write down the Arrow types too that Parquet has no name for; the files of tables do without.
+    """
     sink = pa.BufferOutputStream()
     try:
-        pq.write_table(table, sink, compression="zstd")
+        pq.write_table(table, sink, compression="zstd", store_schema=keeps_types)
     except (pa.ArrowException, OSError) as error:
         raise OutputError(f"cannot write these columns as Parquet: {error}") from error
     return sink.getvalue().to_pybytes()

@@ -77,7 +77,7 @@ def publish_delta(run: RunStore, entries: dict[str, ManifestEntry], *, schema: p
     for _ in range(MAX_PUBLISH_ATTEMPTS):
         try:
             table = _open_or_create(deltalake, uri, schema=schema)
-            check_columns(_columns(table), schema, table=run.path)
+            _check_fits(table, schema, run=run)
             known = table.transaction_version(_app_id(run)) or 0
             publication = next_publication(run, entries, table_version=known)
             if publication is not None:
@@ -91,6 +91,17 @@ def publish_delta(run: RunStore, entries: dict[str, ManifestEntry], *, schema: p
         f"{run.path}: other writers changed the Delta table {MAX_PUBLISH_ATTEMPTS} times while this run committed: "
         f"{last}"
     )
+
+
+def check_delta_table(run: RunStore, *, schema: pa.Schema) -> None:
+    """Raise OutputError where there is a table that ``publish_delta`` could not write to. Makes none."""
+    deltalake = require("deltalake", extra="delta", needed_for="output.format delta", error=OutputError)
+    uri = _table_uri(run.path, run.store.filesystem)
+    try:
+        if deltalake.DeltaTable.is_deltatable(uri):
+            _check_fits(deltalake.DeltaTable(uri), schema, run=run)
+    except (deltalake.exceptions.DeltaError, OSError, ValueError) as error:
+        raise OutputError(f"{run.path}: the Delta table cannot be opened: {error}") from error
 
 
 def _commit(deltalake: Any, table: DeltaTable, run: RunStore, publication: Publication, *, schema: pa.Schema) -> None:
@@ -125,9 +136,13 @@ def _open_or_create(deltalake: Any, uri: str, *, schema: pa.Schema) -> DeltaTabl
     if not deltalake.DeltaTable.is_deltatable(uri):
         deltalake.DeltaTable.create(uri, schema=deltalake.Schema.from_arrow(schema), mode="ignore")
     table: DeltaTable = deltalake.DeltaTable(uri)
-    if table.metadata().partition_columns:
-        raise OutputError(f"{uri}: the Delta table is partitioned, which is not supported; choose another table")
     return table
+
+
+def _check_fits(table: DeltaTable, schema: pa.Schema, *, run: RunStore) -> None:
+    if table.metadata().partition_columns:
+        raise OutputError(f"{run.path}: the Delta table is partitioned, which is not supported; choose another table")
+    check_columns(_columns(table), schema, table=run.path)
 
 
 def _columns(table: DeltaTable) -> pa.Schema:

@@ -103,17 +103,33 @@ def open_output_table(section: OutputSection, *, schema: pa.Schema) -> Table:
     """The table to write, made where it is missing. Raises OutputError where it does not fit."""
     assert section.table is not None
     catalog = _catalog(section.catalog, needed_for="output.format iceberg", error=OutputError)
-    from pyiceberg.io.pyarrow import schema_to_pyarrow
-
     try:
         catalog.create_namespace_if_not_exists(section.table.rpartition(".")[0])
         table: Table = catalog.create_table_if_not_exists(section.table, schema=schema)
     except Exception as error:
         raise OutputError(f"{section.table}: the Iceberg table cannot be opened or made: {error}") from error
-    if table.spec().fields:
-        raise OutputError(f"{section.table}: the table is partitioned, which is not supported; choose another table")
-    check_columns(schema_to_pyarrow(table.schema(), include_field_ids=False), schema, table=section.table)
+    _check_fits(table, schema, name=section.table)
     return table
+
+
+def check_iceberg_table(section: OutputSection, *, schema: pa.Schema) -> None:
+    """Raise OutputError where there is a table that ``publish_iceberg`` could not write to. Makes none."""
+    assert section.table is not None
+    catalog = _catalog(section.catalog, needed_for="output.format iceberg", error=OutputError)
+    try:
+        table = catalog.load_table(section.table) if catalog.table_exists(section.table) else None
+    except Exception as error:
+        raise OutputError(f"{section.table}: the Iceberg table cannot be opened: {error}") from error
+    if table is not None:
+        _check_fits(table, schema, name=section.table)
+
+
+def _check_fits(table: Table, schema: pa.Schema, *, name: str) -> None:
+    from pyiceberg.io.pyarrow import schema_to_pyarrow
+
+    if table.spec().fields:
+        raise OutputError(f"{name}: the table is partitioned, which is not supported; choose another table")
+    check_columns(schema_to_pyarrow(table.schema(), include_field_ids=False), schema, table=name)
 
 
 def _commit(table: Table, run: RunStore, publication: Publication) -> None:

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from dspark_batch.batch.commit import RunStore, parquet_bytes
 from dspark_batch.batch.filters import parse_filter
 from dspark_batch.batch.layout import STAGING
-from dspark_batch.batch.publication import table_schema
+from dspark_batch.batch.publication import check_target
 from dspark_batch.batch.reader import ShardReader, pack_bits
 from dspark_batch.batch.rows import check_id_column, row_ids
 from dspark_batch.batch.shards import Plan, Shard, StalePlanError, check_unchanged, cut_files, identity_of
@@ -127,8 +127,7 @@ def _first_plan(config: JobConfig, *, run: RunStore, fields_of: FieldsOf) -> Res
     plan = cut_files(found, max_rows=config.shards.rows, delimiter=config.input.delimiter, filter=config.input.filter)
     fields = fields_of(None if config.input.incremental else plan.digest)
     run.compare(fields)
-    if config.output.format != "parquet":
-        table_schema(config, plan_schema=plan.schema)
+    check_target(run, config, plan_schema=plan.schema)
     if config.input.incremental != "rows" or check_id_column(config.input.id, schema=plan.schema):
         return ResolvedPlan(plan=plan, fields=fields, is_saved=False)
     return _only_new_rows(config, ResolvedPlan(plan=plan, fields=fields, is_saved=False), seen=[])
@@ -146,6 +145,7 @@ def _next_increment(config: JobConfig, *, run: RunStore, saved: Plan, fields: Ma
         return ResolvedPlan(plan=saved, fields=fields, is_saved=True)
     if config.input.incremental == "files":
         _refuse_changed(saved, new)
+    check_target(run, config, plan_schema=saved.schema)
     added = cut_files(
         replace(found, files=tuple(new)),
         max_rows=config.shards.rows,

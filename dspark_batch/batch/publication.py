@@ -20,13 +20,28 @@ from dspark_batch.batch.manifest import ManifestEntry
 from dspark_batch.batch.reader import columns_to_read
 from dspark_batch.batch.schema import row_schema
 from dspark_batch.errors import ConfigError, OutputError, Problem
-from dspark_batch.job.config import JobConfig
+from dspark_batch.job.config import JobConfig, OutputFormat
 
 PUBLISHED_FILE = "published.json"
 RUN_KEY = "dspark-batch.run"
 PUBLICATION_KEY = "dspark-batch.publication"
 FINGERPRINT_KEY = "dspark-batch.fingerprint"
 MAX_PUBLISH_ATTEMPTS = 5
+HELD_TYPES = frozenset(
+    {
+        pa.bool_(),
+        pa.int32(),
+        pa.int64(),
+        pa.float32(),
+        pa.float64(),
+        pa.string(),
+        pa.binary(),
+        pa.date32(),
+        pa.timestamp("us"),
+        pa.timestamp("us", "UTC"),
+    }
+)
+"""The plain types of single values, besides decimals, that Delta and Iceberg have both."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,20 +93,42 @@ def summary_of(run: RunStore, publication: Publication) -> dict[str, str]:
 def table_schema(config: JobConfig, *, plan_schema: pa.Schema) -> pa.Schema:
     """The columns of the output as a table format stores them.
 
-    Raises ConfigError naming the columns whose types Delta and Iceberg lack.
+    Raises ConfigError naming the columns whose types the format lacks.
     """
     rows = row_schema(config, input_schema=columns_to_read(config, schema=plan_schema)).output
     fields = [pa.field(field.name, plain_type(field.type)) for field in rows]
     problems = [
         Problem(
-            "output.format", f"column {field.name!r} has type {field.type}, which {config.output.format} cannot hold"
+            "output.format",
+            f"column {field.name!r} has type {field.type}, which {config.output.format} cannot hold; "
+            "leave it out of input.columns, or convert it in the input",
         )
         for field in fields
-        if _is_foreign(field.type)
+        if not _is_held(field.type, format=config.output.format)
     ]
     if problems:
         raise ConfigError(problems)
     return pa.schema(fields)
+
+
+def check_target(run: RunStore, config: JobConfig, *, plan_schema: pa.Schema) -> None:
+    """Check, before anything is generated, that the run can be published. Makes no table.
+
+    Raises:
+        ConfigError: columns have types that the table format lacks.
+        OutputError: the table that is there already does not fit, or cannot be opened.
+    """
+    if config.output.format == "parquet":
+        return
+    schema = table_schema(config, plan_schema=plan_schema)
+    if config.output.format == "delta":
+        from dspark_batch.batch.delta import check_delta_table
+
+        check_delta_table(run, schema=schema)
+    else:
+        from dspark_batch.batch.iceberg import check_iceberg_table
+
+        check_iceberg_table(config.output, schema=schema)
 
 
 def check_columns(found: pa.Schema, wanted: pa.Schema, *, table: str) -> None:
@@ -106,31 +143,34 @@ def check_columns(found: pa.Schema, wanted: pa.Schema, *, table: str) -> None:
 
 
 def plain_type(kind: pa.DataType) -> pa.DataType:
-    """The type without what Parquet files do not show: dictionaries and 64-bit offsets, names of list items."""
+    """The type without what Parquet files do not show.
+
+    That is dictionaries, 64-bit offsets, the length of lists, the names of their items, and the zone of instants.
+    """
     if isinstance(kind, pa.DictionaryType):
         return plain_type(kind.value_type)
     if pa.types.is_large_string(kind) or pa.types.is_string_view(kind):
         return pa.string()
     if pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind):
         return pa.binary()
-    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+    if pa.types.is_timestamp(kind) and kind.tz is not None:
+        return pa.timestamp(kind.unit, "UTC")
+    if pa.types.is_map(kind):
+        return pa.map_(plain_type(kind.key_type), plain_type(kind.item_type))
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
         return pa.list_(plain_type(kind.value_type))
     if pa.types.is_struct(kind):
         return pa.struct([pa.field(field.name, plain_type(field.type)) for field in kind])
     return kind
 
 
-def _is_foreign(kind: pa.DataType) -> bool:
-    if pa.types.is_nested(kind):
-        return any(_is_foreign(kind.field(place).type) for place in range(kind.num_fields))
-    return bool(
-        pa.types.is_unsigned_integer(kind)
-        or pa.types.is_null(kind)
-        or pa.types.is_time(kind)
-        or pa.types.is_duration(kind)
-        or pa.types.is_float16(kind)
-        or (pa.types.is_timestamp(kind) and kind.unit != "us")
-    )
+def _is_held(kind: pa.DataType, *, format: OutputFormat) -> bool:
+    """Whether a table of the format gives a column of this plain type back with the same type."""
+    if pa.types.is_list(kind) or pa.types.is_map(kind) or pa.types.is_struct(kind):
+        return all(_is_held(kind.field(place).type, format=format) for place in range(kind.num_fields))
+    if pa.types.is_fixed_size_binary(kind) or kind == pa.uuid():
+        return format == "iceberg"
+    return kind in HELD_TYPES or pa.types.is_decimal128(kind) or (format == "delta" and kind in (pa.int8(), pa.int16()))
 
 
 def _shown(columns: Mapping[str, pa.DataType]) -> str:

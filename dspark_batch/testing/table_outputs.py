@@ -52,6 +52,30 @@ class TableOutput:
             values[name] = {**values.get(name, {}), **section}
         return JobConfig.model_validate(values)
 
+    def make(self, schema: pa.Schema, *, partition_by: str | None = None) -> None:
+        """Make the table, empty, as others would have."""
+        if self.format == "delta":
+            from deltalake import DeltaTable, Schema
+
+            DeltaTable.create(self.folder / "out", Schema.from_arrow(schema), partition_by=partition_by)
+            return
+        from pyiceberg.catalog import load_catalog
+
+        catalog = load_catalog(**catalog_of(self.folder))
+        catalog.create_namespace("nightly")
+        table = catalog.create_table("nightly.answers", schema=schema)
+        if partition_by is not None:
+            with table.update_spec() as change:
+                change.add_identity(partition_by)
+
+    def is_made(self) -> bool:
+        """Whether the table is there."""
+        if self.format == "delta":
+            from deltalake import DeltaTable
+
+            return DeltaTable.is_deltatable(str(self.folder / "out"))
+        return self._table() is not None
+
     def read(self) -> list[dict[str, Any]]:
         """All rows in the order of ``n``; none where there is no table yet."""
         readers = {"parquet": self._parquet, "delta": self._delta, "iceberg": self._iceberg}
@@ -87,9 +111,7 @@ class TableOutput:
 
         if not DeltaTable.is_deltatable(str(self.folder / "out")):
             return None
-        table = DeltaTable(self.folder / "out")
-        files = table.file_uris()
-        return pa.concat_tables([pq.read_table(file) for file in files]) if files else None
+        return DeltaTable(self.folder / "out").to_pyarrow_table()
 
     def _iceberg(self) -> pa.Table | None:
         table = self._table()

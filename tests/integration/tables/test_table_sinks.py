@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
+
+import pyarrow as pa
 import pytest
 
 from dspark_batch.core import ErrorCode
@@ -154,8 +157,6 @@ def test_a_table_with_other_columns_is_refused(make_table):
 
 
 def test_columns_that_the_format_lacks_are_refused_before_anything_is_generated(make_table):
-    import pyarrow as pa
-
     table = make_table()
     odd = rows_of(0, 3).append_column("odd", pa.array([1, 2, 3], pa.uint64()))
     table.write_input("a.parquet", odd)
@@ -163,6 +164,65 @@ def test_columns_that_the_format_lacks_are_refused_before_anything_is_generated(
         start_run(table.config())
     start_run(table.config(input={"columns": ["id", "text", "n"]}))
     assert numbers(table) == [0, 1, 2]
+
+
+MOMENT = datetime(2026, 3, 1, 12, 30, tzinfo=UTC)
+
+
+@pytest.mark.parametrize(
+    ("kind", "values"),
+    [
+        (pa.list_(pa.float32(), 2), [[1.0, 2.0], None, [3.0, 4.0]]),
+        (pa.struct([("v", pa.list_(pa.int32(), 1))]), [{"v": [1]}, {"v": [2]}, None]),
+        (pa.timestamp("us", "Europe/Berlin"), [MOMENT, None, MOMENT]),
+        (pa.map_(pa.string(), pa.int64()), [[("a", 1)], None, []]),
+        (pa.dictionary(pa.int32(), pa.large_string()), ["a", None, "a"]),
+    ],
+    ids=str,
+)
+def test_columns_that_the_format_has_another_form_of_are_published_and_tried_again(make_table, kind, values):
+    table = make_table()
+    table.write_input("a.parquet", rows_of(0, 3).append_column("odd", pa.array(values, kind)))
+    start_run(table.config(), engine=ScriptedEngine(failures={"Say text 1": ErrorCode.ENGINE_ERROR}))
+    assert [row["odd"] for row in table.read()] == values
+    retry_failed(table)
+    assert [row["odd"] for row in table.read()] == values
+    assert all(row["error"] is None for row in table.read())
+
+
+@pytest.mark.parametrize("kind", [pa.int16(), pa.binary(2), pa.time64("us"), pa.timestamp("ns"), pa.uint8()], ids=str)
+def test_each_type_is_either_published_or_refused_before_anything_is_generated(make_table, kind):
+    table = make_table()
+    values = [b"ab"] * 3 if kind == pa.binary(2) else pa.array([1, 2, 3], pa.int64()).cast(kind)
+    table.write_input("a.parquet", rows_of(0, 3).append_column("odd", pa.array(values, kind)))
+    engine = ScriptedEngine()
+    if kind == {"delta": pa.int16(), "iceberg": pa.binary(2)}[table.format]:
+        start_run(table.config(), engine=engine)
+        assert numbers(table) == [0, 1, 2]
+        return
+    with pytest.raises(ConfigError, match="column 'odd' has type"):
+        start_run(table.config(), engine=engine)
+    assert engine.counters.num_requests == 0
+
+
+def test_a_table_that_does_not_fit_is_refused_before_anything_is_generated(make_table):
+    table = make_table()
+    table.make(pa.schema([("n", pa.int64()), ("day", pa.string())]), partition_by="day")
+    engine = ScriptedEngine()
+    with pytest.raises(OutputError, match="is partitioned, which is not supported"):
+        start_run(table.config(), engine=engine)
+    other = make_table("other")
+    other.make(pa.schema([("n", pa.int64())]))
+    with pytest.raises(OutputError, match="has other columns than this run writes"):
+        start_run(other.config(), engine=engine)
+    assert engine.counters.num_requests == 0
+
+
+def test_planning_makes_no_table(make_table):
+    table = make_table()
+    with pytest.raises(SimulatedCrashError):
+        start_run(table.config(), store=FaultyStore(table.config().output.path, fail_at=1))
+    assert not table.is_made()
 
 
 def test_a_table_that_was_rolled_back_is_refused_rather_than_doubled(make_table):
