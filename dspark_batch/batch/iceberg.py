@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -25,6 +26,8 @@ from dspark_batch.errors import DSparkBatchError, InputError, OutputError, Trans
 from dspark_batch.job.config import InputSection, OutputSection
 
 if TYPE_CHECKING:
+    from pyiceberg.manifest import DataFile
+    from pyiceberg.schema import Schema
     from pyiceberg.table import Table
 
 FIELD_ID = b"PARQUET:field_id"
@@ -44,23 +47,28 @@ def iceberg_files(section: InputSection, *, snapshot_id: int | None) -> InputFil
     from pyiceberg.io.pyarrow import schema_to_pyarrow
 
     scan = table.scan(snapshot_id=snapshot.snapshot_id)
-    tasks = list(scan.plan_files())
+    tasks = sorted(scan.plan_files(), key=lambda task: task.file.file_path)
     if any(task.delete_files for task in tasks):
         raise InputError(
             f"{section.path}: snapshot {snapshot.snapshot_id} has rows deleted beside their files (merge on read), "
             "which is not supported; compact the table first"
         )
-    used = _filesystem(table)
-    paths = sorted((task.file.file_path, task.file.file_size_in_bytes) for task in tasks)
-    files = [_input_file(path, size, filesystem=used, table=table) for path, size in paths]
-    if not files:
+    if not tasks:
         raise InputError(f"{section.path}: snapshot {snapshot.snapshot_id} has no rows")
+    used = _filesystem(table)
     found = schema_to_pyarrow(scan.projection(), include_field_ids=False)
     schema = pa.schema([pa.field(field.name, plain_type(field.type)) for field in found])
-    _check_field_ids(used, files, table=table)
-    return InputFiles(
-        filesystem=used, format="parquet", files=tuple(files), version=snapshot.snapshot_id, schema=schema
+    files = tuple(
+        _input_file(
+            task.file,
+            filesystem=used,
+            table=table,
+            values=_partition(task.file, table, scan.projection()),
+            schema=schema,
+        )
+        for task in tasks
     )
+    return InputFiles(filesystem=used, format="parquet", files=files, version=snapshot.snapshot_id, schema=schema)
 
 
 def iceberg_filesystem(section: InputSection) -> fs.FileSystem:
@@ -185,27 +193,66 @@ def _filesystem(table: Table) -> fs.FileSystem:
     return PyArrowFileIO(table.io.properties).fs_by_scheme(scheme, netloc)
 
 
-def _input_file(path: str, size_bytes: int, *, filesystem: fs.FileSystem, table: Table) -> InputFile:
+def _input_file(
+    file: DataFile, *, filesystem: fs.FileSystem, table: Table, values: Mapping[str, Any], schema: pa.Schema
+) -> InputFile:
+    """The file, with those of the partition's ``values`` that it does not store as constants."""
     from pyiceberg.io.pyarrow import PyArrowFileIO
 
-    _, _, inner = PyArrowFileIO.parse_location(path)
-    relative = path.removeprefix(table.location()).lstrip("/")
-    return InputFile(path=inner, relative=relative, size_bytes=size_bytes, mtime_ns=None)
+    _, _, path = PyArrowFileIO.parse_location(file.file_path)
+    stored = _stored_columns(filesystem, path, table=table)
+    absent = [name for name in schema.names if name in values and name not in stored]
+    return InputFile(
+        path=path,
+        relative=file.file_path.removeprefix(table.location()).lstrip("/"),
+        size_bytes=file.file_size_in_bytes,
+        mtime_ns=None,
+        constants=tuple((name, _text(values[name], schema.field(name), path=path)) for name in absent),
+    )
 
 
-def _check_field_ids(filesystem: fs.FileSystem, files: list[InputFile], *, table: Table) -> None:
-    """Iceberg finds columns by number, the reader by name: refuse files in which the two disagree."""
+def _partition(file: DataFile, table: Table, schema: Schema) -> dict[str, Any]:
+    """The values of the columns by which the file's partition is made as they are. Hive's files do not store them."""
+    from pyiceberg.transforms import IdentityTransform
+
+    fields = table.specs()[file.spec_id].fields
+    return {
+        name: file.partition[place]
+        for place, field in enumerate(fields)
+        if isinstance(field.transform, IdentityTransform) and (name := schema.find_column_name(field.source_id))
+    }
+
+
+def _text(value: Any, field: pa.Field[Any], *, path: str) -> str | None:
+    try:
+        text: str | None = pa.scalar(value, field.type).cast(pa.string()).as_py()
+    except pa.ArrowException as error:
+        raise InputError(
+            f"{path}: stores no column {field.name!r}, and its partition's value {value!r} has no text: {error}; "
+            "rewrite the files"
+        ) from error
+    return text
+
+
+def _stored_columns(filesystem: fs.FileSystem, path: str, *, table: Table) -> list[str]:
+    """The columns in the file. Iceberg finds them by number, the reader by name: files where they disagree are refused.
+
+    Raises InputError.
+    """
     names = {field.field_id: field.name for field in table.schema().fields}
-    for file in files:
-        with filesystem.open_input_file(file.path) as stream:
+    try:
+        with filesystem.open_input_file(path) as stream:
             schema = pq.ParquetFile(stream).schema_arrow
-        for field in schema:
-            number = (field.metadata or {}).get(FIELD_ID)
-            if number is not None and names.get(int(number), field.name) != field.name:
-                raise InputError(
-                    f"{file.path}: its column {field.name!r} is {names[int(number)]!r} in the table; rewrite the files "
-                    "written before the column was renamed"
-                )
+    except (OSError, pa.ArrowException) as error:
+        raise InputError(f"{path}: cannot be read as Parquet: {error}") from error
+    for field in schema:
+        number = (field.metadata or {}).get(FIELD_ID)
+        if number is not None and names.get(int(number), field.name) != field.name:
+            raise InputError(
+                f"{path}: its column {field.name!r} is {names[int(number)]!r} in the table; rewrite the files "
+                "written before the column was renamed"
+            )
+    return schema.names
 
 
 def _uri(run: RunStore, name: str) -> str:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from datetime import date
+from decimal import Decimal
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from dspark_batch.batch.commit import read_output
@@ -32,6 +35,34 @@ class Source:
         catalog = load_catalog(**catalog_of(self.folder))
         catalog.create_namespace_if_not_exists("ns")
         catalog.create_table_if_not_exists("ns.source", schema=table.schema).append(table)
+
+    def append_as_hive(self, table: pa.Table, column: pa.Field, value: object) -> None:
+        """A file as in a table migrated from Hive: what it is partitioned by stands in the metadata alone."""
+        from pyiceberg.catalog import load_catalog
+        from pyiceberg.manifest import DataFile, DataFileContent, FileFormat
+        from pyiceberg.table import TableProperties
+        from pyiceberg.typedef import Record
+
+        catalog = load_catalog(**catalog_of(self.folder))
+        catalog.create_namespace("ns")
+        made = catalog.create_table("ns.source", schema=table.schema.append(column))
+        with made.update_spec() as change:
+            change.add_identity(column.name)
+        path = self.folder / "hive.parquet"
+        pq.write_table(table, path)
+        file = DataFile.from_args(
+            content=DataFileContent.DATA,
+            file_path=f"file://{path}",
+            file_format=FileFormat.PARQUET,
+            partition=Record(value),
+            record_count=table.num_rows,
+            file_size_in_bytes=path.stat().st_size,
+        )
+        file.spec_id = made.spec().spec_id
+        with made.transaction() as change:
+            change.set_properties({TableProperties.DEFAULT_NAME_MAPPING: made.schema().name_mapping.model_dump_json()})
+            with change.update_snapshot().fast_append() as snapshot:
+                snapshot.append_data_file(file)
 
     def config(self, *, mode: str = "resume", **section) -> JobConfig:
         path = str(self.folder / "table") if self.format == "delta" else "ns.source"
@@ -115,6 +146,45 @@ def test_partition_columns_of_a_delta_table_are_columns(tmp_path):
     start_run(source.config())
     found = read_output(str(tmp_path / "out")).to_pylist()
     assert {row["id"]: row["k"] for row in found} == {"a": "a b", "b": "c/d", "c": None}
+
+
+PARTITIONS = [
+    (pa.int32(), 5, 5),
+    (pa.string(), "a b/c", "a b/c"),
+    (pa.string(), None, None),
+    (pa.date32(), 20513, date(2026, 3, 1)),
+    (pa.bool_(), False, False),
+    (pa.decimal128(9, 2), Decimal("-1.20"), Decimal("-1.20")),
+]
+
+
+@pytest.mark.parametrize(("kind", "partition", "value"), PARTITIONS, ids=str)
+def test_partition_columns_that_the_files_of_an_iceberg_table_do_not_store_are_columns(
+    tmp_path, kind, partition, value
+):
+    pytest.importorskip("pyiceberg")
+    source = Source(tmp_path, "iceberg")
+    source.append_as_hive(rows_of(0, 3), pa.field("k", kind), partition)
+    start_run(source.config(filter="n > 0"))
+    assert [row["k"] for row in read_output(str(tmp_path / "out")).to_pylist()] == [value, value]
+
+
+def test_a_partition_column_that_has_no_text_is_refused_rather_than_read_as_null(tmp_path):
+    pytest.importorskip("pyiceberg")
+    source = Source(tmp_path, "iceberg")
+    source.append_as_hive(rows_of(0, 3), pa.field("k", pa.binary()), b"\xff")
+    with pytest.raises(
+        InputError, match=r"hive\.parquet: stores no column 'k', and its partition's value b'\\xff' has"
+    ):
+        start_run(source.config())
+
+
+def test_a_file_of_a_table_that_is_gone_is_named(source):
+    source.append(rows_of(0, 3))
+    for file in source.folder.rglob("*.parquet"):
+        file.unlink()
+    with pytest.raises(InputError, match=r"\.parquet: cannot be read as Parquet"):
+        start_run(source.config())
 
 
 def test_renamed_columns_of_an_iceberg_table_are_refused_rather_than_read_wrongly(tmp_path):
