@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 from collections.abc import Callable
 from dataclasses import dataclass
+from decimal import Decimal
+from functools import reduce
 from typing import Any
 
 import pyarrow as pa
@@ -17,6 +19,9 @@ HELP = (
     "a filter compares columns with constants (==, !=, <, <=, >, >=, in, not in, is None, is not None) and joins "
     "comparisons with and, or, not; column('odd name') names a column that is not a Python name"
 )
+
+MAX_DECIMAL_DIGITS = 76
+NUMBER = r"^[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?$"
 
 _COMPARISONS: dict[type[ast.cmpop], Callable[[Any, Any], pc.Expression]] = {
     ast.Eq: lambda left, right: left == right,
@@ -36,7 +41,8 @@ def parse_filter(text: str, *, schema: pa.Schema) -> tuple[pc.Expression, tuple[
     """The filter as a pyarrow expression, and the columns that it reads.
 
     Comparisons with NULL are neither true nor false, as in SQL: such rows are left out. A constant is cast to the
-    column's type, so dates and timestamps are written as text (``day >= '2026-01-31'``).
+    column's type, so dates and timestamps are written as text (``day >= '2026-01-31'``). Beside a number, text is
+    read as numbers, and as NULL where it is none.
 
     Raises:
         ConfigError: the text is not such an expression, a column is missing, or types do not fit.
@@ -93,51 +99,46 @@ class _Parser:
         self._schema = schema
         self.columns: set[str] = set()
 
-    def condition(self, node: ast.expr) -> pc.Expression:
+    def condition(self, node: ast.expr, *, negated: bool = False) -> pc.Expression:
+        """True for the rows that pass; for others false or NULL.
+
+        Negations are taken down to the single comparisons. Above them false and NULL are then the same.
+        """
         match node:
-            case ast.BoolOp(op=ast.And(), values=values):
-                return self._joined(values, lambda left, right: left & right)
-            case ast.BoolOp(values=values):
-                return self._joined(values, lambda left, right: left | right)
+            case ast.BoolOp(op=op, values=values):
+                parts = [self.condition(value, negated=negated) for value in values]
+                return _all(parts) if isinstance(op, ast.And) != negated else _any(parts)
             case ast.UnaryOp(op=ast.Not(), operand=operand):
-                return ~self.condition(operand)
+                return self.condition(operand, negated=not negated)
             case ast.Compare():
-                return self._compare(node)
+                operands = [node.left, *node.comparators]
+                steps = zip(operands, node.ops, operands[1:], strict=False)
+                parts = [self._pair(left, op, right, negated=negated) for left, op, right in steps]
+                return _any(parts) if negated else _all(parts)
             case _:
-                return self._column(node)[0]
+                column = self._column(node)[0]
+                return ~column if negated else column
 
-    def _joined(self, values: list[ast.expr], join: Callable[[Any, Any], pc.Expression]) -> pc.Expression:
-        joined = self.condition(values[0])
-        for value in values[1:]:
-            joined = join(joined, self.condition(value))
-        return joined
-
-    def _compare(self, node: ast.Compare) -> pc.Expression:
-        operands = [node.left, *node.comparators]
-        parts = [self._pair(left, op, right) for left, op, right in zip(operands, node.ops, operands[1:], strict=False)]
-        joined = parts[0]
-        for part in parts[1:]:
-            joined = joined & part
-        return joined
-
-    def _pair(self, left: ast.expr, op: ast.cmpop, right: ast.expr) -> pc.Expression:
+    def _pair(self, left: ast.expr, op: ast.cmpop, right: ast.expr, *, negated: bool) -> pc.Expression:
         if isinstance(op, ast.Is | ast.IsNot):
             if not (isinstance(right, ast.Constant) and right.value is None):
                 raise _RefusedError("'is' must be followed by None")
             missing = self._column(left)[0].is_null()
-            return ~missing if isinstance(op, ast.IsNot) else missing
+            return ~missing if isinstance(op, ast.IsNot) != negated else missing
         if isinstance(op, ast.In | ast.NotIn):
             column, kind = self._column(left)
-            found = column.isin(pa.array(self._constants(right), type=kind))
-            return ~found & ~column.is_null() if isinstance(op, ast.NotIn) else found
+            found = _is_in(column, kind, self._constants(right))
+            return ~found & ~column.is_null() if isinstance(op, ast.NotIn) != negated else found
         compare = _COMPARISONS[type(op)]
         if _is_constant(left):
-            column, kind = self._column(right)
-            return compare(_cast(_constant(left), kind), column)
-        column, kind = self._column(left)
-        if _is_constant(right):
-            return compare(column, _cast(_constant(right), kind))
-        return compare(column, self._column(right)[0])
+            constant, column = _comparable(_constant(left), *self._column(right))
+            result = compare(constant, column)
+        elif _is_constant(right):
+            constant, column = _comparable(_constant(right), *self._column(left))
+            result = compare(column, constant)
+        else:
+            result = compare(self._column(left)[0], self._column(right)[0])
+        return ~result if negated else result
 
     def _column(self, node: ast.expr) -> tuple[pc.Expression, pa.DataType]:
         match node:
@@ -179,12 +180,72 @@ def _constant(node: ast.expr) -> object:
     return -node.value
 
 
-def _cast(value: Any, kind: pa.DataType) -> pc.Expression:
-    """A constant of the column's type; numbers beside integer columns keep theirs, so that 1.5 is not cut to 1."""
+def _all(parts: list[pc.Expression]) -> pc.Expression:
+    return reduce(lambda left, right: left & right, parts)
+
+
+def _any(parts: list[pc.Expression]) -> pc.Expression:
+    return reduce(lambda left, right: left | right, parts)
+
+
+def _comparable(value: Any, column: pc.Expression, kind: pa.DataType) -> tuple[pc.Expression, pc.Expression]:
+    """(constant, column) in a type in which both are what they were.
+
+    That is the column's type, except for numbers beside integers (1.5 is not cut to 1), decimals with fewer digits
+    than the number, and text, which is read as numbers.
+    """
+    if _is_number(value) and pa.types.is_decimal(kind):
+        return _decimals(value, column, kind)
+    if _is_number(value) and _is_text(kind):
+        return pc.scalar(float(value)), _as_number(column)
     constant: Any = pa.scalar(value)
     if isinstance(value, str) or not pa.types.is_integer(kind):
         constant = constant.cast(kind)
-    return pc.scalar(constant)
+    return pc.scalar(constant), column
+
+
+def _decimals(value: Any, column: pc.Expression, kind: Any) -> tuple[pc.Expression, pc.Expression]:
+    exact: Any = Decimal(str(value))
+    try:
+        constant: Any = pa.scalar(exact, kind)
+    except pa.ArrowException:
+        places = max(-int(exact.as_tuple().exponent), kind.scale)
+        if kind.precision - kind.scale + places > MAX_DECIMAL_DIGITS:
+            raise
+        wide = pa.decimal256(MAX_DECIMAL_DIGITS, places)
+        constant, column = pa.scalar(exact, wide), column.cast(wide)
+    return pc.scalar(constant), column
+
+
+def _is_in(column: pc.Expression, kind: Any, values: list[Any]) -> pc.Expression:
+    if pa.types.is_decimal(kind) and all(map(_is_number, values)):
+        return column.isin(pa.array([exact for value in values for exact in _in_type(value, kind)], type=kind))
+    if values and _is_text(kind) and all(map(_is_number, values)):
+        return _as_number(column).isin(pa.array(list(map(float, values)), pa.float64()))
+    return column.isin(pa.array(values, type=kind))
+
+
+def _in_type(value: Any, kind: Any) -> list[Any]:
+    """The number as a scalar of a decimal type; none where the type cannot hold it, as then no row equals it."""
+    try:
+        return [pa.scalar(Decimal(str(value)), kind)]
+    except pa.ArrowException:
+        return []
+
+
+def _as_number(column: pc.Expression) -> pc.Expression:
+    """Text as numbers; NULL where it is none."""
+    missing: Any = pa.scalar(None, pa.string())
+    number: pc.Expression = pc.if_else(pc.match_substring_regex(column, NUMBER), column, pc.scalar(missing))
+    return number.cast(pa.float64())
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
 
 
 def _problem(text: str, reason: str) -> ConfigError:

@@ -1,11 +1,20 @@
 from __future__ import annotations
 
 import datetime
+import operator
+import random
+from collections.abc import Callable
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from dspark_batch.batch.filters import parse_filter
+from dspark_batch.batch.reader import ShardReader
+from dspark_batch.batch.shards import make_plan
 from dspark_batch.errors import ConfigError
 
 TABLE = pa.table(
@@ -18,6 +27,9 @@ TABLE = pa.table(
         "at": pa.array([datetime.datetime(2026, 1, day, tzinfo=datetime.UTC) for day in (1, 2, 3, 4)]),
         "tag": pa.array(["u", "v", "u", None]).dictionary_encode(),
         "odd name": [1, 0, 1, 0],
+        "amount": pa.array([Decimal("9.99"), Decimal(10), None, Decimal("1e7")], pa.decimal128(10, 2)),
+        "whole": pa.array([Decimal(1), Decimal(2), None, None], pa.decimal128(10, 0)),
+        "price": ["9.90", "100", None, "free"],
     }
 )
 
@@ -44,6 +56,26 @@ TABLE = pa.table(
         ("tag in ['v']", [1]),
         ("n > x", [0, 1]),
         ("column('odd name') == 1", [0, 2]),
+        ("not s in ['a']", [1, 3]),
+        ("not (s in ['a'] or n > 1)", []),
+        ("not (s not in ['a'])", [0]),
+        ("not (s in ['a'] and n > 1)", [0, 1, 3]),
+        ("not 1 < n < 3", [0, 2]),
+        ("not s is None", [0, 1, 3]),
+        ("amount >= 10", [1, 3]),
+        ("amount > 9.995", [1, 3]),
+        ("10 > amount", [0]),
+        ("amount in [10, 9.99, 1.005]", [0, 1]),
+        ("not amount == 10", [0, 3]),
+        ("whole > 1.5", [1]),
+        ("whole <= 1.5", [0]),
+        ("whole == 1.5", []),
+        ("whole != 1.5", [0, 1]),
+        ("whole < 1e30", [0, 1]),
+        ("price >= 10", [1]),
+        ("not price >= 10", [0]),
+        ("price in [9.9, 100]", [0, 1]),
+        ("price == '9.90'", [0]),
     ],
 )
 def test_filters_keep_the_rows_that_sql_would(text, rows):
@@ -82,3 +114,98 @@ def test_anything_else_is_a_config_error_that_quotes_the_filter(text, reason):
     assert problem.field == "input.filter"
     assert repr(text) in problem.message
     assert reason in problem.message
+
+
+Truth = bool | None
+Row = dict[str, Any]
+KINDS = {
+    "n": pa.int64(),
+    "s": pa.string(),
+    "d": pa.decimal128(10, 2),
+    "w": pa.decimal128(38, 0),
+    "b": pa.bool_(),
+}
+
+
+def random_condition(rng: random.Random, depth: int = 0) -> tuple[str, Callable[[Row], Truth]]:
+    """A filter's text, and what SQL says of a row: true, false, or None for unknown. Made side by side."""
+    if depth < 3 and rng.random() < 0.5:
+        (left, of_left), (right, of_right) = (random_condition(rng, depth + 1) for _ in range(2))
+        word, ends = rng.choice([("and", False), ("or", True)])
+
+        def joined(row: Row) -> Truth:
+            values = [of_left(row), of_right(row)]
+            return ends if ends in values else None if None in values else not ends
+
+        return f"({left} {word} {right})", joined
+    if rng.random() < 0.3:
+        text, inner = random_condition(rng, depth + 1)
+
+        def negated(row: Row) -> Truth:
+            value = inner(row)
+            return None if value is None else not value
+
+        return f"not ({text})", negated
+    name = rng.choice(list(KINDS))
+    if name == "b":
+        return "b", lambda row: row["b"]
+    if rng.random() < 0.15:
+        return f"{name} is None", lambda row: row[name] is None
+    constants = {
+        "n": ["3", "-1", "4"],
+        "s": ["'a'", "'b'", "'zz'"],
+        "d": ["1", "1.5", "1.505", "2", "-2.25", "123456789012.5"],
+        "w": ["1", "1.5", "2", "-0.5", "1e40"],
+    }[name]
+    chosen = rng.sample(constants, 2)
+    values = [text.strip("'") if name == "s" else Decimal(text) for text in chosen]
+    if rng.random() < 0.4:
+        is_negated = rng.random() < 0.5
+
+        def within(row: Row) -> Truth:
+            return None if row[name] is None else (row[name] in values) != is_negated
+
+        return f"{name} {'not in' if is_negated else 'in'} [{', '.join(chosen)}]", within
+    sign, compare = rng.choice(
+        [
+            ("==", operator.eq),
+            ("!=", operator.ne),
+            ("<", operator.lt),
+            ("<=", operator.le),
+            (">", operator.gt),
+            (">=", operator.ge),
+        ]
+    )
+    return f"{name} {sign} {chosen[0]}", lambda row: None if row[name] is None else compare(row[name], values[0])
+
+
+def random_rows(rng: random.Random) -> list[Row]:
+    values: dict[str, list[Any]] = {
+        "n": [None, -1, 3, 4],
+        "s": [None, "a", "b"],
+        "d": [None, Decimal("1.50"), Decimal("1.51"), Decimal(2), Decimal("-2.25")],
+        "w": [None, Decimal(1), Decimal(2), Decimal(0), Decimal(10) ** 37],
+        "b": [None, True, False],
+    }
+    return [
+        {"text": str(place)} | {name: rng.choice(values[name][: rng.randint(1, 5)]) for name in KINDS}
+        for place in range(rng.randint(1, 12))
+    ]
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_a_filter_keeps_what_three_valued_logic_keeps_also_by_statistics(make_config, tmp_path: Path, seed: int):
+    rng = random.Random(seed)
+    text, passes = random_condition(rng)
+    groups = [random_rows(rng) for _ in range(3)]
+    schema = pa.schema([("text", pa.string()), *KINDS.items()])
+    (tmp_path / "in").mkdir()
+    with pq.ParquetWriter(tmp_path / "in" / "a.parquet", schema) as writer:
+        for rows in groups:
+            writer.write_table(pa.Table.from_pylist(rows, schema=schema))
+    config = make_config(input={"filter": text})
+    plan = make_plan(config.input, max_rows=4)
+    reader = ShardReader(config, plan_schema=plan.schema)
+    kept = [row for shard in plan.shards for row in reader.read(shard).table.to_pylist()]
+    reader.close()
+    assert kept == [row for rows in groups for row in rows if passes(row)], text
