@@ -38,6 +38,17 @@ def test_columns_are_those_that_the_template_reads():
     assert CompiledTemplate("{{ b }}{% for x in a %}{{ x }}{{ range(2) }}{% endfor %}").columns == ("a", "b")
 
 
+@pytest.mark.parametrize("use_fast_path", [True, False])
+@pytest.mark.parametrize("name", ["namespace", "range", "dict", "cycler", "joiner", "lipsum"])
+def test_a_column_wins_over_a_function_of_its_name(name, use_fast_path):
+    for text, shown in (("{{ %s }}", "v"), ("{{ %s | upper }}", "V")):
+        template = CompiledTemplate(text % name, use_fast_path=use_fast_path)
+        assert template.columns == (name,)
+        assert template.render({name: "v"}) == shown
+    called = CompiledTemplate("{{ range(2) | list }}{{ dict(a=1).a }}{{ a }}", use_fast_path=use_fast_path)
+    assert (called.columns, called.render({"a": "v"})) == (("a",), "[0, 1]1v")
+
+
 @pytest.mark.parametrize(
     "text",
     [
