@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import repeat
 from typing import Any
@@ -45,7 +45,8 @@ class PromptRenderer:
 
     With ``chat`` auto or always and a checkpoint that has a chat template, the system text and the rendered template
     become a system and a user message. Else the prompt is raw text: the system text, an empty line, the template.
-    Templates see the row's columns as variables and nothing else; arithmetic, ``range`` and the length are bounded.
+    Templates see the row's columns and nothing else; arithmetic, ``range`` and the length are bounded. A row fails
+    where every column of the template is NULL, or, with ``nulls`` error, any that the prompt reads.
     Tables of text under templates that only insert columns are rendered column by column; ``use_fast_path=False``
     renders them row by row as well, for comparison.
 
@@ -77,6 +78,10 @@ class PromptRenderer:
         self._system = None if section.system is None else CompiledTemplate(section.system)
         self._as_chat = has_chat_template and section.chat != "never"
         self.columns = prompt_columns(section)
+        self._not_null: tuple[str, ...] = () if self._template is None else self._template.columns
+        self._is_null: Callable[[Iterable[bool]], bool] = all
+        if section.nulls == "error":
+            self._not_null, self._is_null = self.columns, any
 
     def render_table(self, table: pa.Table, *, ids: tuple[str, ...]) -> Iterator[_Outcome]:
         """The request, or the reason why there is none, of every row in order. Never raises for a row."""
@@ -111,11 +116,11 @@ class PromptRenderer:
     def _render_texts(self, texts: _Texts, *, ids: tuple[str, ...]) -> Iterator[_Outcome]:
         """What ``_render_rows`` gives, without looking at every row's columns again."""
         assert self._template is not None
-        inserted = [texts.columns[name] for name in self._template.columns]
-        has_null_rows = bool(inserted) and all(None in values for values in inserted)
+        inserted = [texts.columns[name] for name in self._not_null]
+        has_null_rows = bool(inserted) and self._is_null(None in values for values in inserted)
         system, turns = "", tuple[Message, ...]()
         for row, (row_id, user) in enumerate(zip(ids, texts.users, strict=True)):
-            if not user or (has_null_rows and all(values[row] is None for values in inserted)):
+            if not user or (has_null_rows and self._is_null(values[row] is None for values in inserted)):
                 yield self.render({name: values[row] for name, values in texts.columns.items()}, row_id=row_id)
                 continue
             if texts.systems is not None and texts.systems[row] != system:
@@ -138,9 +143,10 @@ class PromptRenderer:
 
     def _from_template(self, row: Mapping[str, object], *, row_id: str) -> _Outcome:
         assert self._template is not None
-        names = self._template.columns
-        if names and all(row[name] is None for name in names):
-            return RowError(code=ErrorCode.NULL_PROMPT, message=f"NULL in column {', '.join(names)}")
+        names = self._not_null
+        if names and self._is_null(row[name] is None for name in names):
+            nulls = ", ".join(name for name in names if row[name] is None)
+            return RowError(code=ErrorCode.NULL_PROMPT, message=f"NULL in column {nulls}")
         user = _rendered(self._template, row, field="prompt.template")
         system = "" if self._system is None else _rendered(self._system, row, field="prompt.system")
         if isinstance(user, RowError):

@@ -16,6 +16,32 @@ MAX_PROMPT_CHARS = 16 * 2**20
 
 MAX_POWER_BITS = 4096
 
+ROW = "row"
+"""The variable whose subscripts are columns of any name."""
+
+TEXT_FILTERS = frozenset(
+    [
+        "capitalize",
+        "center",
+        "e",
+        "escape",
+        "forceescape",
+        "join",
+        "lower",
+        "replace",
+        "string",
+        "striptags",
+        "title",
+        "trim",
+        "truncate",
+        "upper",
+        "urlencode",
+        "wordcount",
+        "wordwrap",
+    ]
+)
+SHOWN, SHOWN_ITEMS = "_shown", "_shown_items"
+
 
 class TooLongError(ValueError):
     """A template rendered to more than ``MAX_PROMPT_CHARS`` characters."""
@@ -40,22 +66,30 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
 class CompiledTemplate:
     """One template over column values, in the order of ``columns``.
 
-    A column has the name of a variable, and wins over a global function of that name, which only a call means. A
-    template of plain text and bare ``{{ column }}`` is joined from its pieces, a few times faster than Jinja2 and
-    with the same text; ``use_fast_path=False`` renders it by Jinja2 as well, for comparison.
+    A column is a variable, or ``row["its name"]``. It wins over a global function of its name, which only a call means.
+    NULL is None in conditions and an empty text wherever it becomes text. A template of plain text and bare
+    ``{{ column }}`` is joined from its pieces, a few times faster than Jinja2 and with the same text;
+    ``use_fast_path=False`` renders it by Jinja2 as well, for comparison.
 
     Raises:
-        jinja2.TemplateSyntaxError: the text does not parse.
+        jinja2.TemplateSyntaxError: the text does not parse, or ``row`` is used in another way.
     """
 
     def __init__(self, text: str, *, use_fast_path: bool = True) -> None:
-        environment = BoundedEnvironment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
+        environment = BoundedEnvironment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True, finalize=_shown)
+        environment.filters[SHOWN] = _shown
+        environment.filters[SHOWN_ITEMS] = _shown_items
         tree = environment.parse(text)
         functions = _called_names(tree)
         environment.globals = {name: value for name, value in environment.globals.items() if name in functions}
-        self.columns = tuple(sorted(meta.find_undeclared_variables(tree)))
-        self._template = environment.from_string(text)
+        self._variables = meta.find_undeclared_variables(tree)
+        self._subscripts = _subscripts_of_row(tree) if ROW in self._variables else set()
+        if self._subscripts:
+            self._variables.remove(ROW)
+        self.columns = tuple(sorted(self._variables | self._subscripts))
         self._pieces = _simple_pieces(tree, columns=self.columns) if use_fast_path else None
+        _show_nulls_as_empty(tree)
+        self._template = environment.from_string(tree)
         self._constant = "".join([part for _, part in self._pieces or ()])
 
     def render(self, row: Mapping[str, object]) -> str:
@@ -65,7 +99,7 @@ class CompiledTemplate:
             return self._render_slowly(row)
         if not self.columns:
             return self._constant
-        text = "".join([part if name is None else str(row[name]) for name, part in pieces])
+        text = "".join([part if name is None else str(_shown(row[name])) for name, part in pieces])
         return text if len(text) <= MAX_PROMPT_CHARS else _bounded(text)
 
     def join_texts(self, columns: Mapping[str, Sequence[str | None]], *, num_rows: int) -> list[str] | None:
@@ -76,13 +110,16 @@ class CompiledTemplate:
         if self._pieces is None or not _is_unicode(self._constant):
             return None
         parts: list[Iterable[str]] = [
-            repeat(part, num_rows) if name is None else _shown(columns[name]) for name, part in self._pieces
+            repeat(part, num_rows) if name is None else _shown_items(columns[name]) for name, part in self._pieces
         ]
         texts = list(map("".join, zip(*parts, strict=True))) if parts else [""] * num_rows
         return texts if max(map(len, texts), default=0) <= MAX_PROMPT_CHARS else None
 
     def _render_slowly(self, row: Mapping[str, object]) -> str:
-        context = self._template.new_context({name: row[name] for name in self.columns})
+        values = {name: row[name] for name in self._variables}
+        if self._subscripts:
+            values[ROW] = {name: row[name] for name in self._subscripts}
+        context = self._template.new_context(values)
         parts: list[str] = []
         length = 0
         for part in self._template.root_render_func(context):
@@ -111,14 +148,59 @@ def _simple_pieces(tree: nodes.Template, *, columns: tuple[str, ...]) -> list[tu
                 pieces.append((None, node.data))
             elif isinstance(node, nodes.Name) and node.name in columns:
                 pieces.append((node.name, ""))
+            elif (name := _subscript_of_row(node)) in columns:
+                pieces.append((name, ""))
             else:
                 return None
     return pieces
 
 
-def _shown(values: Sequence[str | None]) -> Sequence[str]:
+def _subscripts_of_row(tree: nodes.Template) -> set[str]:
+    """The columns that stand as ``row["name"]``; none where ``row`` is a column like others."""
+    places = [node for node in tree.find_all(nodes.Getitem) if _is_row(node.node)]
+    if not places:
+        return set()
+    names = {_subscript_of_row(node): node.lineno for node in places}
+    if None in names or len(places) < sum(map(_is_row, tree.find_all(nodes.Name))):
+        raise jinja2.TemplateSyntaxError(
+            'row stands for the whole row, and takes the name of a column in quotes: row["some name"]',
+            names.get(None, places[0].lineno),
+        )
+    return {name for name in names if name is not None}
+
+
+def _subscript_of_row(node: nodes.Node) -> str | None:
+    if isinstance(node, nodes.Getitem) and _is_row(node.node) and isinstance(node.arg, nodes.Const):
+        return node.arg.value if isinstance(node.arg.value, str) else None
+    return None
+
+
+def _is_row(node: nodes.Node) -> bool:
+    return isinstance(node, nodes.Name) and node.name == ROW
+
+
+def _show_nulls_as_empty(tree: nodes.Template) -> None:
+    """Let what makes text of values other than by output see NULL as an empty text."""
+    for concat in tree.find_all(nodes.Concat):
+        concat.nodes = [_filtered(node, SHOWN) for node in concat.nodes]
+    for used in tree.find_all(nodes.Filter):
+        if used.name in TEXT_FILTERS and used.node is not None:
+            used.node = _filtered(used.node, SHOWN_ITEMS if used.name == "join" else SHOWN)
+    assert tree.environment is not None
+    tree.set_environment(tree.environment)
+
+
+def _filtered(node: nodes.Expr, name: str) -> nodes.Filter:
+    return nodes.Filter(node, name, [], [], None, None, lineno=node.lineno)
+
+
+def _shown(value: Any) -> Any:
     """NULL as a template shows it."""
-    return ["None" if value is None else value for value in values]
+    return "" if value is None else value
+
+
+def _shown_items(values: Iterable[Any]) -> list[Any]:
+    return ["" if value is None else value for value in values]
 
 
 def _is_unicode(text: str) -> bool:

@@ -78,6 +78,9 @@ class PromptSection(Section):
     system: str | None = Field(default=None, description="system message; a Jinja2 template over the row")
     template: str | None = Field(default=None, description="user message; a Jinja2 template over the row")
     token_ids: str | None = Field(default=None, description="column of ready-made token ids, instead of a template")
+    nulls: Literal["empty", "error"] = Field(
+        default="empty", description="a NULL among others: an empty text, or a row that fails; all NULL always fails"
+    )
     chat: Literal["auto", "always", "never"] = Field(
         default="auto", description="auto: the checkpoint's chat template where it has one"
     )

@@ -93,10 +93,7 @@ def prompt_template(prompt: str, columns: Sequence[str]) -> str:
     if any(marker in prompt for marker in _MARKERS):
         return prompt
     if prompt in columns:
-        if not prompt.isidentifier():
-            message = f"column {prompt!r} has a name that templates cannot use; rename it with withColumnRenamed"
-            raise ConfigError([Problem("prompt", message, ARGUMENT)])
-        return "{{ " + prompt + " }}"
+        return f"{{{{ row[{prompt!r}] }}}}"
     message = (
         f"{prompt!r} is neither a template (such as 'Summarise: {{{{ text }}}}') nor a column; the columns are: "
         f"{', '.join(columns) or 'none'}"

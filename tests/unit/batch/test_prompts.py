@@ -35,6 +35,9 @@ SIMPLE_SECTIONS = [
     {"template": "{{ text }}", "chat": "never", "system": "{% raw %}{{ x }}{% endraw %}"},
     {"template": "{{ text }}", "system": "{{ title | upper }}"},
     {"template": "{% if text %}{{ text }}{% endif %}"},
+    {"template": "{{ row['title'] }} {{ text }}"},
+    {"template": "{{ title }} {{ text }}", "nulls": "error"},
+    {"template": "{{ text }}", "system": "{{ title }}", "nulls": "error"},
 ]
 
 
@@ -123,6 +126,20 @@ def test_null_fails_the_row_only_where_all_template_columns_are_null():
     assert code(made.render({"text": None, "title": None}, row_id="1")) is ErrorCode.NULL_PROMPT
     assert isinstance(made.render({"text": None, "title": "t"}, row_id="1"), Request)
     assert code(renderer(template="{{ text }}").render({"text": None}, row_id="1")) is ErrorCode.NULL_PROMPT
+
+
+@pytest.mark.parametrize("use_fast_path", [True, False])
+def test_a_null_beside_other_values_is_an_empty_text_or_fails_the_row(use_fast_path):
+    table = pa.table({"text": ["a", "b", None], "title": ["t", None, "t"]})
+    section = {"template": "{{ text }}", "system": "For {{ title }}", "use_fast_path": use_fast_path}
+    shown = list(renderer(**section).render_table(table, ids=("1", "2", "3")))
+    assert [made.prompt for made in shown if isinstance(made, Request)] == ["For t\n\na", "For \n\nb"]
+    strict = list(renderer(**section, nulls="error").render_table(table, ids=("1", "2", "3")))
+    assert [made.message for made in strict if isinstance(made, RowError)] == [
+        "NULL in column title",
+        "NULL in column text",
+    ]
+    assert isinstance(strict[0], Request)
 
 
 @pytest.mark.parametrize(

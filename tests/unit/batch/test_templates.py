@@ -22,6 +22,8 @@ from dspark_batch.batch.templates import CompiledTemplate, TooLongError
         "{% if a %}{{ a }}{% endif %}{{ b }}",
         "{% raw %}{{ a }}{% endraw %}{{ b }}",
         "{% set a = 3 %}{{ a }}{{ b }}",
+        "{{ row['a'] }}{{ row['b'] }}!{{ b }}",
+        "{% for row in [a, b] %}{{ row }}{% endfor %}",
     ],
 )
 def test_the_fast_path_gives_the_text_of_jinja(text):
@@ -47,6 +49,49 @@ def test_a_column_wins_over_a_function_of_its_name(name, use_fast_path):
         assert template.render({name: "v"}) == shown
     called = CompiledTemplate("{{ range(2) | list }}{{ dict(a=1).a }}{{ a }}", use_fast_path=use_fast_path)
     assert (called.columns, called.render({"a": "v"})) == (("a",), "[0, 1]1v")
+
+
+@pytest.mark.parametrize("use_fast_path", [True, False])
+def test_columns_of_any_name_are_subscripts_of_the_row(use_fast_path):
+    text = "{{ row['Review Text'] }}/{{ row[\"größe\"] }}/{{ n }}{% if row['is \\'on\\''] %}!{% endif %}"
+    for text_of, shown in ((text, "a/b/3!"), (text.partition("{%")[0], "a/b/3")):
+        template = CompiledTemplate(text_of, use_fast_path=use_fast_path)
+        row = {"Review Text": "a", "größe": "b", "n": 3, "is 'on'": True}
+        assert set(template.columns) <= set(row)
+        assert template.render(row) == shown
+    assert CompiledTemplate("{{ row['self'] }}{{ row['row'] }}").columns == ("row", "self")
+
+
+def test_a_variable_called_row_is_what_the_template_makes_it():
+    assert CompiledTemplate("{{ row }}{{ row.a }}").columns == ("row",)
+    looped = CompiledTemplate("{% for row in rows %}{{ row['a'] }}{{ row[n] }}{% endfor %}")
+    assert looped.columns == ("n", "rows")
+    assert looped.render({"rows": [{"a": 1, "b": 2}, {"a": 3, "b": 4}], "n": "b"}) == "1234"
+
+
+@pytest.mark.parametrize(
+    "text", ["{{ row[name] }}", "{{ row['a'] }}{{ row['a' ~ n] }}", "{{ row[0] }}", "{{ row }}{{ row['a'] }}"]
+)
+def test_a_column_of_the_row_whose_name_is_computed_is_refused(text):
+    with pytest.raises(jinja2.TemplateSyntaxError, match="takes the name of a column in quotes"):
+        CompiledTemplate(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("{{ a }}-{{ b }}", "-x"),
+        ("{{ row['a'] }}-{{ b }}", "-x"),
+        ("{{ a ~ '-' ~ b }}", "-x"),
+        ("{{ a | upper }}-{{ a | trim }}{{ b | upper }}", "-X"),
+        ("{{ [a, b] | join('-') }}", "-x"),
+        ("{{ 'none' if a is none else a }}-{{ a or b }}", "none-x"),
+        ("{{ a | default('d', true) }}-{{ b | default('d', true) }}", "d-x"),
+        ("{% filter upper %}{{ a }}{{ b }}{% endfilter %}", "X"),
+    ],
+)
+def test_null_is_an_empty_text_where_it_becomes_text_and_none_in_conditions(text, shown):
+    assert CompiledTemplate(text).render({"a": None, "b": "x"}) == shown
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from dspark_batch.batch.templates import CompiledTemplate
 from dspark_batch.errors import ConfigError
 from dspark_batch.spark.jobs import engine_job, prompt_template, resolve_column_config, resolve_config
 
@@ -44,11 +45,11 @@ def test_the_arguments_prompt_replaces_the_configs_and_keeps_its_system_text() -
 def test_a_prompt_is_a_template_or_a_column() -> None:
     assert prompt_template("a {{ b }}", []) == "a {{ b }}"
     assert prompt_template("{% if b %}x{% endif %}", []) == "{% if b %}x{% endif %}"
-    assert prompt_template("body", ["id", "body"]) == "{{ body }}"
+    for name in ("body", "my text", "range", "none", 'it\'s "größe" \\ 😀'):
+        template = CompiledTemplate(prompt_template(name, ["id", name]))
+        assert (template.columns, template.render({name: "shown"})) == ((name,), "shown")
     with pytest.raises(ConfigError, match=r"neither a template .* nor a column; the columns are: id, body"):
         prompt_template("text", ["id", "body"])
-    with pytest.raises(ConfigError, match="withColumnRenamed"):
-        prompt_template("my text", ["my text"])
 
 
 def test_problems_are_listed_together_and_name_their_source(tmp_path: Path) -> None:
