@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -89,17 +90,23 @@ def unify(before: Sequence[pa.Schema], schema: pa.Schema, *, file: str, is_text:
 def _cut_parquet(filesystem: fs.FileSystem, file: InputFile, *, max_rows: int) -> CutFile:
     with filesystem.open_input_file(file.path) as stream:
         parquet = pq.ParquetFile(stream)
-        schema = parquet.schema_arrow.remove_metadata()
+        schema = parquet.schema_arrow
         groups = [parquet.metadata.row_group(index).num_rows for index in range(parquet.num_row_groups)]
-    fields = [field.remove_metadata() for field in schema]
-    return CutFile(schema=pa.schema(fields), pieces=_pieces(groups, max_rows=max_rows))
+    return CutFile(
+        schema=_nullable(field.remove_metadata() for field in schema), pieces=_pieces(groups, max_rows=max_rows)
+    )
 
 
 def _cut_arrow(filesystem: fs.FileSystem, file: InputFile, *, max_rows: int) -> CutFile:
     with filesystem.open_input_file(file.path) as stream:
         schema, batches = arrow_batches(stream)
         sizes = [batch.num_rows for batch in batches]
-    return CutFile(schema=schema.remove_metadata(), pieces=_pieces(sizes, max_rows=max_rows))
+    return CutFile(schema=_nullable(schema), pieces=_pieces(sizes, max_rows=max_rows))
+
+
+def _nullable(fields: Iterable[pa.Field[Any]]) -> pa.Schema:
+    """Columns that may be NULL, as another file may lack them."""
+    return pa.schema([field.with_nullable(True) for field in fields])
 
 
 def _pieces(groups: Sequence[int], *, max_rows: int) -> tuple[Piece, ...]:

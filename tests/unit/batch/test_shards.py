@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import io
 import json
 import os
 import random
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.feather as feather
 import pyarrow.parquet as pq
 import pytest
 
@@ -191,6 +193,26 @@ def test_files_with_other_columns_are_filled_with_null_and_other_types_refused(m
     write_ragged(tmp_path / "in" / "c.parquet", pa.table({"text": [1.5]}), seed=1)
     with pytest.raises(InputError, match=r"c\.parquet: its columns do not fit"):
         make_plan(make_config().input, max_rows=100)
+
+
+@pytest.mark.parametrize("kind", ["parquet", "arrow"])
+@pytest.mark.parametrize("lacking", ["a", "b"])
+def test_a_column_that_is_never_null_in_one_file_is_null_where_another_lacks_it(make_config, tmp_path, kind, lacking):
+    (tmp_path / "in").mkdir()
+    schema = pa.schema([pa.field("text", pa.string(), nullable=False), pa.field("n", pa.int64(), nullable=False)])
+    for name in ("a", "b"):
+        table = pa.table({"text": ["x"], "n": [1]}, schema=schema)
+        table = table.drop_columns(["n"]) if name == lacking else table
+        path = str(tmp_path / "in" / f"{name}.{kind}")
+        pq.write_table(table, path) if kind == "parquet" else feather.write_feather(table, path)
+    config = make_config()
+    plan = make_plan(config.input, max_rows=5)
+    reader = ShardReader(config, plan_schema=plan.schema)
+    for shard in plan.shards:
+        table = reader.read(shard).table
+        sink = io.BytesIO()
+        pq.write_table(table, sink)
+        assert pq.read_table(sink)["n"].to_pylist() == [None if shard.relative.startswith(lacking) else 1]
 
 
 def test_changed_missing_and_added_files_are_named_with_what_to_do(tmp_path):
