@@ -157,6 +157,32 @@ def test_bad_lines_are_named_before_anything_is_generated(tmp_path, text, reason
         make_plan(InputSection(path=str(tmp_path / "a.jsonl")), max_rows=2)
 
 
+@pytest.mark.parametrize(
+    ("values", "row"),
+    [
+        (["12345678901234567890", "12345678901234567891"], 0),
+        (["1.5", "9007199254740993"], 1),
+        (["[1.5, 9007199254740993]"], 0),
+        (['{"k": [{"id": 12345678901234567890}]}'], 0),
+        (["9" * 400], 0),
+    ],
+)
+def test_integers_of_lines_that_a_column_would_round_are_an_input_error(make_config, tmp_path, values, row):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.jsonl").write_text("".join(f'{{"text": "é", "id": {value}}}\n\n' for value in values))
+    with pytest.raises(InputError, match=rf"row {row} .*column 'id'.*in quotes"):
+        make_plan(make_config().input, max_rows=5)
+
+
+def test_floating_point_numbers_and_64_bit_integers_of_lines_come_out_as_they_are(make_config, tmp_path):
+    rows = [{"text": "t", "a": 9007199254740993, "b": 1.5, "c": 1e300}, {"text": "t", "a": -(2**63), "b": 2**60}]
+    write_lines(tmp_path / "in" / "a.jsonl", rows)
+    plan = make_plan(make_config().input, max_rows=5)
+    reader = ShardReader(make_config(), plan_schema=plan.schema)
+    (shard,) = plan.shards
+    assert reader.read(shard).table.to_pylist() == [rows[0], rows[1] | {"c": None}]
+
+
 def test_types_that_change_between_shards_of_lines_are_an_input_error(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "a"}\n{"text": 3}\n')
     with pytest.raises(InputError, match=r"a\.jsonl.*do not fit"):
