@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 from pyarrow import fs
 
 from dspark_batch.batch.cursors import arrow_batches
-from dspark_batch.batch.delimited import csv_columns, cut_records, parse_records
+from dspark_batch.batch.delimited import common_kind, csv_columns, cut_records, kind_of_fields, parse_records
 from dspark_batch.batch.jsonl import LineRange, cut_lines, inferred_schema, parse_lines
 from dspark_batch.batch.sources import FileFormat, InputFile
 from dspark_batch.errors import InputError
@@ -79,10 +79,15 @@ def cut_groups(group_rows: Sequence[int], *, max_rows: int) -> Iterator[tuple[in
         start = stop
 
 
-def unify(before: Sequence[pa.Schema], schema: pa.Schema, *, file: str, is_text: bool) -> pa.Schema:
-    """One schema for both. Columns of text formats get the wider type. Raises InputError naming the file."""
+def unify(before: Sequence[pa.Schema], schema: pa.Schema, *, file: str, format: FileFormat) -> pa.Schema:
+    """One schema for all. Columns of text formats get the wider type. Raises InputError naming the file."""
+    if format == "csv":
+        kinds: dict[str, pa.DataType] = {}
+        for field in (field for part in [*before, schema] for field in part):
+            kinds[field.name] = common_kind(kinds.get(field.name, pa.null()), field.type)
+        return pa.schema(list(kinds.items()))
     try:
-        return pa.unify_schemas([*before, schema], promote_options="permissive" if is_text else "default")
+        return pa.unify_schemas([*before, schema], promote_options="permissive" if format == "jsonl" else "default")
     except pa.ArrowException as error:
         raise InputError(f"{file}: its columns do not fit those of the rows before it: {error}") from error
 
@@ -120,36 +125,29 @@ def _cut_jsonl(filesystem: fs.FileSystem, file: InputFile, *, max_rows: int) -> 
         for lines in cut_lines(stream, max_rows=max_rows):
             table = parse_lines(lines.data, schema=None, file=file.path, row_start=lines.row_start)
             found = inferred_schema(table, file=file.path)
-            schema = unify([schema], found, file=file.path, is_text=True)
+            schema = unify([schema], found, file=file.path, format="jsonl")
             pieces.append(_text_piece(lines))
     return CutFile(schema=schema, pieces=tuple(pieces))
 
 
 def _cut_csv(filesystem: fs.FileSystem, file: InputFile, *, max_rows: int, delimiter: str) -> CutFile:
     """Columns whose rows do not agree on a type are text."""
-    schemas: list[pa.Schema] = []
+    kinds: dict[str, pa.DataType] = {}
     pieces: list[Piece] = []
-    names: list[str] = []
     with filesystem.open_input_stream(file.path, compression=None) as stream:
         for header, lines in cut_records(stream, max_rows=max_rows, delimiter=delimiter):
-            names = names or csv_columns(header, delimiter=delimiter, file=file.path)
+            names = list(kinds) or csv_columns(header, delimiter=delimiter, file=file.path)
+            kinds = kinds or dict.fromkeys(names, pa.null())
+            if lines.num_rows == 0:
+                break
             table = parse_records(
                 lines.data, names=names, schema=None, delimiter=delimiter, file=file.path, row_start=lines.row_start
             )
-            schemas = [_common_types([*schemas, table.schema])]
+            for name in names:
+                if not pa.types.is_string(kinds[name]):
+                    kinds[name] = common_kind(kinds[name], kind_of_fields(table.column(name)))
             pieces.append(_text_piece(lines))
-    return CutFile(schema=schemas[0] if schemas else pa.schema([]), pieces=tuple(pieces), names=tuple(names))
-
-
-def _common_types(schemas: Sequence[pa.Schema]) -> pa.Schema:
-    fields = []
-    for columns in zip(*schemas, strict=True):
-        kinds = {column.type for column in columns if not pa.types.is_null(column.type)}
-        is_number = kinds == {pa.int64(), pa.float64()}
-        kind = pa.float64() if is_number else next(iter(kinds)) if len(kinds) == 1 else pa.string()
-        is_empty = all(pa.types.is_null(column.type) for column in columns)
-        fields.append(pa.field(columns[0].name, pa.null() if is_empty else kind))
-    return pa.schema(fields)
+    return CutFile(schema=pa.schema(list(kinds.items())), pieces=tuple(pieces), names=tuple(kinds))
 
 
 def _text_piece(lines: LineRange) -> Piece:

@@ -199,6 +199,8 @@ def _comparable(value: Any, column: pc.Expression, kind: pa.DataType) -> tuple[p
     if _is_number(value) and _is_text(kind):
         return pc.scalar(float(value)), _as_number(column)
     constant: Any = pa.scalar(value)
+    if pa.types.is_null(kind):
+        return pc.scalar(constant), column.cast(constant.type)
     if isinstance(value, str) or not pa.types.is_integer(kind):
         constant = constant.cast(kind)
     return pc.scalar(constant), column
@@ -222,6 +224,9 @@ def _is_in(column: pc.Expression, kind: Any, values: list[Any]) -> pc.Expression
         return column.isin(pa.array([exact for value in values for exact in _in_type(value, kind)], type=kind))
     if values and _is_text(kind) and all(map(_is_number, values)):
         return _as_number(column).isin(pa.array(list(map(float, values)), pa.float64()))
+    if pa.types.is_null(kind):
+        constants = pa.array(values)
+        return column.cast(constants.type).isin(constants)
     return column.isin(pa.array(values, type=kind))
 
 

@@ -161,7 +161,6 @@ def cut_files(
     drops every row, as folder names or the statistics in Parquet footers tell, are left out; one always stays, so that
     there is an output. Raises InputError.
     """
-    is_text = found.format in ("jsonl", "csv")
     whole = found.schema if found.schema is not None else schema
     shards: list[Shard] = []
     columns: dict[str, list[str]] = {}
@@ -172,7 +171,7 @@ def cut_files(
             raise InputError(f"{file.path}: a column name occurs more than once: {', '.join(cut.schema.names)}")
         if found.schema is None:
             before = [] if whole is None else [whole]
-            whole = unify(before, cut.schema, file=file.path, is_text=is_text)
+            whole = unify(before, cut.schema, file=file.path, format=found.format)
         shards += [
             _named(file, piece, cut=cut, found=found, index=first_index + len(shards) + place)
             for place, piece in enumerate(cut.pieces)

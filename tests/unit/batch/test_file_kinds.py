@@ -12,9 +12,11 @@ import pyarrow.feather as feather
 import pyarrow.parquet as pq
 import pytest
 
+from dspark_batch.batch.prompts import PromptRenderer
 from dspark_batch.batch.reader import ShardReader
 from dspark_batch.batch.shards import Plan, make_plan
 from dspark_batch.batch.sources import find_input_files
+from dspark_batch.core import ErrorCode, RowError, SamplingParams
 from dspark_batch.errors import InputError
 from dspark_batch.job.config import InputSection
 
@@ -60,21 +62,98 @@ def test_csv_with_a_bare_quote_in_an_unquoted_field_and_a_byte_order_mark(make_c
 
 
 def test_csv_columns_whose_rows_disagree_are_text_and_dates_stay_text(make_config, tmp_path):
-    text = "text,a,b,day,none\nx,1,1,2026-01-31,\ny,2.5,q,2026-02-01,\nz,,3,,\n"
+    text = "text,a,b,day,none\nx,1,1,2026-01-31,\ny,2,q,2026-02-01,\nz,,3,,\n"
     (folder(tmp_path) / "a.csv").write_text(text)
     plan, table = read_all(make_config(), max_rows=1)
     kinds = {field.name: field.type for field in plan.schema}
-    assert (kinds["a"], kinds["b"], kinds["day"]) == (pa.float64(), pa.string(), pa.string())
-    assert table["a"].to_pylist() == [1.0, 2.5, None]
+    assert (kinds["a"], kinds["b"], kinds["day"]) == (pa.int64(), pa.string(), pa.string())
+    assert table["a"].to_pylist() == [1, 2, None]
     assert table["b"].to_pylist() == ["1", "q", "3"]
 
 
 @pytest.mark.parametrize(
+    ("fields", "kind"),
+    [
+        (["1", "-20", "", "9223372036854775807"], pa.int64()),
+        (["1.5", "0.1", "-2.0", "", "1e-07", "0.30000000000000004"], pa.float64()),
+        (["true", "", "False", "TRUE"], pa.bool_()),
+        (["", ""], pa.null()),
+        (["01234", "12345"], pa.string()),
+        (["12345678901234567890", "12345678901234567891"], pa.string()),
+        (["1", "12345678901234567890"], pa.string()),
+        (["1.50", "2.25"], pa.string()),
+        (["1", "2.5", ""], pa.string()),
+        (["1E5", "2E5"], pa.string()),
+        (["+49301234567", "+49301234568"], pa.string()),
+        (["0x10", "0x11"], pa.string()),
+        (["1", "NA", "NULL"], pa.string()),
+        (["NA", "nan", "N/A"], pa.string()),
+        (["true", "yes"], pa.string()),
+        ([" 1", "2 "], pa.string()),
+        (["10:20", "2026-01-31T10:20:00Z"], pa.string()),
+    ],
+)
+@pytest.mark.parametrize("max_rows", [1, 100])
+def test_csv_values_print_as_the_fields_they_come_from(make_config, tmp_path, fields, kind, max_rows):
+    lines = [f"t,{field}\n" for field in fields]
+    (folder(tmp_path) / "a.csv").write_text("text,a\n" + "".join(lines))
+    (folder(tmp_path) / "b.csv").write_text("text,a\n" + "".join(reversed(lines)))
+    plan, table = read_all(make_config(), max_rows=max_rows)
+    assert plan.schema.field("a").type == kind
+    assert table["text"].to_pylist() == ["t"] * (2 * len(fields))
+    printed = ["" if value is None else str(value) for value in table["a"].to_pylist()]
+    expected = [field.capitalize() for field in fields] if kind == pa.bool_() else fields
+    assert printed == expected + expected[::-1]
+
+
+def test_csv_files_that_read_as_other_types_are_one_table(make_config, tmp_path):
+    for name, field in (("a", "12345"), ("b", "01234"), ("c", "")):
+        (folder(tmp_path) / f"{name}.csv").write_text(f"text,zip\nt,{field}\n")
+    (folder(tmp_path) / "d.csv").write_text("zip,text,more\n7,t,1\n")
+    _, table = read_all(make_config(), max_rows=5)
+    assert table["zip"].to_pylist() == ["12345", "01234", "", "7"]
+    assert table["more"].to_pylist() == [None, None, None, 1]
+
+
+@pytest.mark.parametrize("max_rows", [1, 100])
+def test_a_csv_row_that_is_not_utf8_fails_alone(make_config, tmp_path, max_rows):
+    (folder(tmp_path) / "a.csv").write_bytes(b'text,n\nhello,1\nl\xe9l\xe9phant,2\n"gr\xc3\xb6\xc3\x9fe",3\n')
+    config = make_config(prompt={"template": "{{ text }}"}, input={"id": "n", "filter": "n > 0"})
+    plan = make_plan(config.input, max_rows=max_rows)
+    reader = ShardReader(config, plan_schema=plan.schema)
+    renderer = PromptRenderer(
+        config.prompt, sampling=SamplingParams(), input_schema=reader.schema, has_chat_template=False
+    )
+    shards = [reader.read(shard) for shard in plan.shards]
+    made = [row for shard in shards for row in renderer.render_table(shard.table, ids=shard.ids)]
+    assert [row.code if isinstance(row, RowError) else row.prompt for row in made] == [
+        "hello",
+        ErrorCode.UNDECODABLE_TEXT,
+        "größe",
+    ]
+
+
+def test_a_csv_file_of_a_header_alone_is_an_empty_table(make_config, tmp_path):
+    (folder(tmp_path) / "a.csv").write_text("text,n\n")
+    config = make_config(input={"filter": "n > 1 and text in ['a'] and not n == 2"})
+    plan = make_plan(config.input, max_rows=5)
+    assert (plan.schema.names, plan.shards) == (["text", "n"], ())
+    assert ShardReader(config, plan_schema=plan.schema).schema.names == ["text", "n"]
+    (folder(tmp_path) / "b.csv").write_text("text,n\na,3\n")
+    plan, table = read_all(config, max_rows=5)
+    assert table.to_pylist() == [{"text": "a", "n": 3}]
+
+
+@pytest.mark.parametrize(
     ("text", "reason"),
-    [("a,a\n1,2\n", "must name every column, each once"), ("a,b\n1,2\n1,2,3\n", r"a\.csv, rows from 1")],
+    [
+        ("a,a\n1,2\n", "must name every column, each once"),
+        ("a,b\n1,2\n1,2,3\n", r"a\.csv, rows from 1"),
+        ("größe,b\n1,2\n", r"a\.csv: the header is not UTF-8"),
+    ],
 )
 def test_a_broken_csv_file_is_named(tmp_path, text, reason):
-    (folder(tmp_path) / "a.csv").write_text(text)
+    (folder(tmp_path) / "a.csv").write_bytes(text.encode("cp1252"))
     with pytest.raises(InputError, match=reason):
         make_plan(InputSection(path=str(tmp_path / "in")), max_rows=1)
 
