@@ -14,13 +14,14 @@ from pyarrow import fs
 from dspark_batch.batch.cursors import arrow_batches
 from dspark_batch.batch.delimited import common_kind, csv_columns, cut_records, kind_of_fields, parse_records
 from dspark_batch.batch.jsonl import LineRange, cut_lines, inferred_schema, parse_lines
+from dspark_batch.batch.ranges import field_delimiter, open_text
 from dspark_batch.batch.sources import FileFormat, InputFile
 from dspark_batch.errors import InputError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Piece:
-    """Rows ``row_start`` to ``row_stop`` of a file, and for text formats the bytes that hold them."""
+    """Rows ``row_start`` to ``row_stop`` of a file, and for text formats the bytes (decompressed) that hold them."""
 
     row_start: int
     row_stop: int
@@ -50,8 +51,8 @@ def cut_file(
             case "jsonl":
                 return _cut_jsonl(filesystem, file, max_rows=max_rows)
             case "csv":
-                tab = "\t" if file.path.lower().endswith(".tsv") else delimiter
-                return _cut_csv(filesystem, file, max_rows=max_rows, delimiter=tab)
+                used = field_delimiter(file.path, default=delimiter)
+                return _cut_csv(filesystem, file, max_rows=max_rows, delimiter=used)
     except (OSError, pa.ArrowException) as error:
         raise InputError(f"{file.path}: cannot be read as {NAMES[format]}: {error}") from error
 
@@ -121,7 +122,7 @@ def _pieces(groups: Sequence[int], *, max_rows: int) -> tuple[Piece, ...]:
 def _cut_jsonl(filesystem: fs.FileSystem, file: InputFile, *, max_rows: int) -> CutFile:
     schema = pa.schema([])
     pieces: list[Piece] = []
-    with filesystem.open_input_stream(file.path, compression=None) as stream:
+    with open_text(filesystem, file.path) as stream:
         for lines in cut_lines(stream, max_rows=max_rows):
             table = parse_lines(lines.data, schema=None, file=file.path, row_start=lines.row_start)
             found = inferred_schema(table, file=file.path)
@@ -134,7 +135,7 @@ def _cut_csv(filesystem: fs.FileSystem, file: InputFile, *, max_rows: int, delim
     """Columns whose rows do not agree on a type are text."""
     kinds: dict[str, pa.DataType] = {}
     pieces: list[Piece] = []
-    with filesystem.open_input_stream(file.path, compression=None) as stream:
+    with open_text(filesystem, file.path) as stream:
         for header, lines in cut_records(stream, max_rows=max_rows, delimiter=delimiter):
             names = list(kinds) or csv_columns(header, delimiter=delimiter, file=file.path)
             kinds = kinds or dict.fromkeys(names, pa.null())

@@ -18,6 +18,7 @@ from dspark_batch.batch.hive import add_constants
 from dspark_batch.batch.jsonl import parse_lines
 from dspark_batch.batch.prompts import prompt_columns
 from dspark_batch.batch.pruning import Pruner
+from dspark_batch.batch.ranges import RangeReader, field_delimiter
 from dspark_batch.batch.rows import ShardInput, row_ids
 from dspark_batch.batch.schema import missing_columns
 from dspark_batch.batch.shards import Identity, Shard, facts
@@ -79,6 +80,7 @@ class ShardReader:
         self._pruner = Pruner(config.input.filter, schema=plan_schema)
         self._fs = filesystem if filesystem is not None else open_input_filesystem(config.input)
         self._cursor: Cursor | None = None
+        self._ranges = RangeReader(self._fs)
         self._lock = threading.Lock()
 
     def read(self, shard: Shard) -> ShardInput:
@@ -156,6 +158,7 @@ class ShardReader:
         if self._cursor is not None:
             self._cursor.close()
         self._cursor = None
+        self._ranges.close()
 
     def _read(self, shard: Shard) -> tuple[pa.Table, Index]:
         """The rows of the shard and their places in the file, row groups left out that the filter drops as a whole."""
@@ -172,16 +175,14 @@ class ShardReader:
     def _read_text(self, shard: Shard) -> pa.Table:
         assert shard.byte_start is not None
         assert shard.byte_stop is not None
-        with self._fs.open_input_file(shard.path) as file:
-            file.seek(shard.byte_start)
-            data = bytes(file.read(shard.byte_stop - shard.byte_start))
+        data = self._ranges.read(shard.path, shard.byte_start, shard.byte_stop)
         if shard.format == "jsonl":
             return parse_lines(data, schema=self.schema, file=shard.path, row_start=shard.row_start)
         return parse_records(
             data,
             names=list(shard.names),
             schema=self.schema,
-            delimiter="\t" if shard.path.lower().endswith(".tsv") else self._delimiter,
+            delimiter=field_delimiter(shard.path, default=self._delimiter),
             file=shard.path,
             row_start=shard.row_start,
         )

@@ -35,7 +35,8 @@ class StalePlanError(InputError):
 class Shard:
     """A slice of one input file that is committed as one. Plain values only, so that it travels anywhere.
 
-    Rows ``row_start`` to ``row_stop`` of the file, before any filter; for text formats also the bytes that hold them.
+    Rows ``row_start`` to ``row_stop`` of the file, before any filter; for text formats also the bytes that hold them
+    (of a compressed file, of what it holds).
     ``names`` are the columns of the file, for CSV and where there are ``constants`` beside them. ``keep`` tells which
     rows are to be done where not all are: a base64 text of packed bits. ``num_rows`` counts the rows to be done.
     ``identity`` is that of the file when it was planned; None for the files of tables, which are never rewritten.

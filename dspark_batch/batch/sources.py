@@ -14,17 +14,23 @@ import pyarrow as pa
 from pyarrow import fs
 
 from dspark_batch.batch.hive import Constants, partition_of
+from dspark_batch.batch.ranges import COMPRESSIONS
 from dspark_batch.batch.working_copy import content_checksum, copy_root
 from dspark_batch.errors import InputError
 from dspark_batch.job.config import InputSection
 
 FileFormat = Literal["parquet", "jsonl", "csv", "arrow"]
+TEXT_FORMATS: tuple[FileFormat, ...] = ("jsonl", "csv")
 SUFFIXES: dict[FileFormat, tuple[str, ...]] = {
     "parquet": (".parquet", ".pq"),
     "jsonl": (".jsonl", ".ndjson", ".json"),
     "csv": (".csv", ".tsv"),
     "arrow": (".arrow", ".feather", ".ipc"),
 }
+READABLE: dict[FileFormat, tuple[str, ...]] = SUFFIXES | {
+    name: tuple(f"{suffix}{end}" for suffix in SUFFIXES[name] for end in ("", *COMPRESSIONS)) for name in TEXT_FORMATS
+}
+OTHER_COMPRESSIONS = (".xz", ".lz4", ".br", ".snappy", ".zip", ".7z", ".tar", ".tgz")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,12 +86,13 @@ def _plain_files(section: InputSection, *, filesystem: fs.FileSystem | None) -> 
     """Resolve ``input.path``: files, folders (searched to the bottom), globs (``*``, ``?``, ``[..]``, ``**``), lists.
 
     Names beginning with ``_`` or ``.`` are skipped in folders and globs, and in folders also files with the suffix of
-    no known format. Folders named ``key=value`` become columns. ``relative`` is the path
-    below the deepest folder that the configured paths share before their first wildcard, so it depends on the config
-    and not on which other files there are.
+    no known format; compressed files of a known one are read or refused. Folders named ``key=value`` become columns.
+    ``relative`` is the path below the deepest folder that the configured paths share before their first wildcard, so
+    it depends on the config and not on which other files there are.
 
     Raises:
-        InputError: nothing matches, a path does not exist, formats are mixed or not recognised.
+        InputError: nothing matches, a path does not exist, formats are mixed or not recognised, or a folder holds
+            files whose compression cannot be read.
     """
     entries = [section.path] if isinstance(section.path, str) else list(section.path)
     if not entries:
@@ -220,13 +227,29 @@ def _expand(
             return path.rpartition("/")[0], [info]
         if info.type == fs.FileType.NotFound:
             raise InputError(f"input.path {entry!r}: no such file or folder")
-        suffixes = SUFFIXES[format] if format else tuple(suffix for known in SUFFIXES.values() for suffix in known)
-        found = [file for file in _visible(filesystem, path) if file.path.lower().endswith(suffixes)]
+        formats = [format] if format else list(SUFFIXES)
+        suffixes = tuple(suffix for name in formats for suffix in READABLE[name])
+        files = _visible(filesystem, path)
     except OSError as error:
         raise InputError(f"input.path {entry!r}: {error}") from error
+    plain = tuple(suffix for name in formats for suffix in SUFFIXES[name])
+    _refuse_unreadable([file.path for file in files if not file.path.lower().endswith(suffixes)], suffixes=plain)
+    found = [file for file in files if file.path.lower().endswith(suffixes)]
     if not found:
-        raise InputError(f"input.path {entry!r}: the folder has no file ending in {', '.join(suffixes)}")
+        raise InputError(f"input.path {entry!r}: the folder has no file ending in {', '.join(plain)}")
     return path, found
+
+
+def _refuse_unreadable(paths: Sequence[str], *, suffixes: tuple[str, ...]) -> None:
+    """Raise InputError for files of a known format that are compressed in a way in which they cannot be read."""
+    ends = tuple(f"{suffix}{end}" for suffix in suffixes for end in (*COMPRESSIONS, *OTHER_COMPRESSIONS))
+    refused = [path for path in paths if path.lower().endswith(ends)]
+    if refused:
+        raise InputError(
+            "compressed files that cannot be read as they are:\n  "
+            + "\n  ".join(refused)
+            + f"\ndecompress them; JSON lines and CSV may be compressed as {', '.join(COMPRESSIONS)}"
+        )
 
 
 def _expand_glob(filesystem: fs.FileSystem, path: str, *, entry: str) -> tuple[str, list[fs.FileInfo]]:
@@ -265,7 +288,7 @@ def _glob_regex(pattern: str) -> str:
 def _infer_format(files: Sequence[InputFile]) -> FileFormat:
     found: dict[FileFormat, str] = {}
     for file in files:
-        known = [name for name, suffixes in SUFFIXES.items() if file.path.lower().endswith(suffixes)]
+        known = [name for name, suffixes in READABLE.items() if file.path.lower().endswith(suffixes)]
         if not known:
             raise InputError(f"{file.path}: the format cannot be told from the name; set input.format")
         found.setdefault(known[0], file.path)

@@ -12,7 +12,9 @@ import pyarrow.feather as feather
 import pyarrow.parquet as pq
 import pytest
 
+from dspark_batch.batch import ranges
 from dspark_batch.batch.prompts import PromptRenderer
+from dspark_batch.batch.ranges import open_text
 from dspark_batch.batch.reader import ShardReader
 from dspark_batch.batch.shards import Plan, make_plan
 from dspark_batch.batch.sources import find_input_files
@@ -156,6 +158,56 @@ def test_a_broken_csv_file_is_named(tmp_path, text, reason):
     (folder(tmp_path) / "a.csv").write_bytes(text.encode("cp1252"))
     with pytest.raises(InputError, match=reason):
         make_plan(InputSection(path=str(tmp_path / "in")), max_rows=1)
+
+
+def compressed(data: bytes, *, end: str) -> bytes:
+    """In two streams one after the other, as tools write them that append."""
+    codec = {"gz": "gzip", "bz2": "bz2", "zst": "zstd"}[end]
+    parts = []
+    for part in (data[: len(data) // 3], data[len(data) // 3 :]):
+        sink = pa.BufferOutputStream()
+        with pa.CompressedOutputStream(sink, codec) as stream:
+            stream.write(part)
+        parts.append(sink.getvalue().to_pybytes())
+    return b"".join(parts)
+
+
+@pytest.mark.parametrize("max_rows", [1, 7, 100])
+@pytest.mark.parametrize("end", ["gz", "bz2", "zst"])
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "tsv"])
+def test_compressed_text_files_are_read_as_what_they_hold(make_config, tmp_path, kind, end, max_rows):
+    rows = [{"text": f"größe {n}", "n": n} for n in range(23)]
+    delimiter = "\t" if kind == "tsv" else ","
+    lines = [json.dumps(row) if kind == "jsonl" else f"{row['text']}{delimiter}{row['n']}" for row in rows]
+    header = [] if kind == "jsonl" else [f"text{delimiter}n"]
+    data = "".join(f"{line}\n" for line in header + lines).encode()
+    for name in ("a", "b"):
+        (folder(tmp_path) / f"{name}.{kind}.{end}").write_bytes(compressed(data, end=end))
+    plan, table = read_all(make_config(), max_rows=max_rows)
+    assert table.to_pylist() == rows * 2
+    reader = ShardReader(make_config(), plan_schema=plan.schema)
+    assert pa.concat_tables([reader.read(shard).table for shard in plan.shards]).to_pylist() == rows * 2
+    reader.close()
+
+
+def test_shards_in_order_share_one_pass_over_a_compressed_file(make_config, tmp_path, monkeypatch):
+    data = "".join(f'{{"text": "{n}"}}\n' for n in range(50)).encode()
+    (folder(tmp_path) / "a.jsonl.gz").write_bytes(compressed(data, end="gz"))
+    plan = make_plan(make_config().input, max_rows=5)
+    opened = []
+    monkeypatch.setattr(ranges, "open_text", lambda used, path: opened.append(path) or open_text(used, path))
+    reader = ShardReader(make_config(), plan_schema=plan.schema)
+    texts = [text for shard in plan.shards[::2] for text in reader.read(shard).table["text"].to_pylist()]
+    reader.close()
+    assert texts == [str(n) for n in range(50) if n // 5 % 2 == 0]
+    assert len(opened) == 1
+
+
+def test_a_compressed_file_that_ends_early_is_named(tmp_path):
+    data = compressed(b'{"text": "a"}\n' * 50, end="gz")
+    (folder(tmp_path) / "a.jsonl.gz").write_bytes(data[:-9])
+    with pytest.raises(InputError, match=r"a\.jsonl\.gz: cannot be read as JSON lines"):
+        make_plan(InputSection(path=str(tmp_path / "in")), max_rows=5)
 
 
 @pytest.mark.parametrize("max_rows", [1, 4, 11, 100])

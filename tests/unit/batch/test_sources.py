@@ -84,3 +84,17 @@ def test_mixed_formats_and_empty_folders_are_input_errors(tree):
         found(str(tree / "empty"))
     with pytest.raises(InputError, match="empty list"):
         found([])
+
+
+def test_compressed_text_files_are_found_and_other_compressed_files_are_refused_by_name(tmp_path):
+    for name in ("a.csv", "b.CSV.gz", "c.tsv.zst", "d.csv.bz2", "e.jsonl.gz", "f.txt.gz"):
+        (tmp_path / name).write_bytes(b"1")
+    assert found(str(tmp_path), format="csv") == ["a.csv", "b.CSV.gz", "c.tsv.zst", "d.csv.bz2"]
+    assert found(str(tmp_path), format="jsonl") == found(f"{tmp_path}/*.jsonl.gz") == ["e.jsonl.gz"]
+    (tmp_path / "x.csv.xz").write_bytes(b"1")
+    (tmp_path / "y.parquet.gz").write_bytes(b"1")
+    with pytest.raises(InputError, match=r"cannot be read as they are:\s+\S+x\.csv\.xz\s+decompress them"):
+        found(str(tmp_path), format="csv")
+    with pytest.raises(InputError, match=r"x\.csv\.xz\s+\S+y\.parquet\.gz"):
+        found(str(tmp_path))
+    assert found(str(tmp_path), format="jsonl") == ["e.jsonl.gz"]
