@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dspark_batch.job.drive import Ending
 from dspark_batch.job.outcome import ExitCode, Outcome, Totals
@@ -79,8 +79,9 @@ def exit_code(run: PreparedRun, whole: Totals, *, ending: Ending) -> ExitCode:
 
 def format_rows(table: pa.Table, *, columns: Iterable[str]) -> list[str]:
     """The columns of every row, one row a line, long values cut."""
-    rows = table.select(list(dict.fromkeys(columns))).to_pylist()
-    return ["  " + " | ".join(f"{name}={_cell(value)}" for name, value in row.items()) for row in rows]
+    names = list(dict.fromkeys(columns))
+    rows = zip(*(_values(table.column(name)) for name in names), strict=True)
+    return ["  " + " | ".join(f"{name}={_cell(value)}" for name, value in zip(names, row, strict=True)) for row in rows]
 
 
 def shown_columns(run: PreparedRun) -> list[str]:
@@ -160,6 +161,20 @@ def _sample_rows(run: PreparedRun) -> list[str]:
 def _without_empty_error(run: PreparedRun, table: pa.Table) -> list[str]:
     columns = shown_columns(run)
     return columns if table.column("error").null_count < table.num_rows else columns[:-1]
+
+
+def _values(column: pa.ChunkedArray[Any]) -> list[object]:
+    try:
+        return column.to_pylist()
+    except UnicodeDecodeError:
+        return [_value(scalar) for scalar in column]
+
+
+def _value(scalar: pa.Scalar[Any]) -> object:
+    try:
+        return scalar.as_py()
+    except UnicodeDecodeError as error:
+        return error.object.decode(errors="replace")
 
 
 def _cell(value: object) -> str:
