@@ -72,7 +72,7 @@ class CompiledTemplate:
     ``use_fast_path=False`` renders it by Jinja2 as well, for comparison.
 
     Raises:
-        jinja2.TemplateSyntaxError: the text does not parse, or ``row`` is used in another way.
+        jinja2.TemplateSyntaxError: the text does not parse, or uses ``row`` or ``self`` in another way.
     """
 
     def __init__(self, text: str, *, use_fast_path: bool = True) -> None:
@@ -80,6 +80,7 @@ class CompiledTemplate:
         environment.filters[SHOWN] = _shown
         environment.filters[SHOWN_ITEMS] = _shown_items
         tree = environment.parse(text)
+        _refuse_bare_self(tree)
         functions = _called_names(tree)
         environment.globals = {name: value for name, value in environment.globals.items() if name in functions}
         self._variables = meta.find_undeclared_variables(tree)
@@ -153,6 +154,16 @@ def _simple_pieces(tree: nodes.Template, *, columns: tuple[str, ...]) -> list[tu
             else:
                 return None
     return pieces
+
+
+def _refuse_bare_self(tree: nodes.Template) -> None:
+    """``self`` names the template, whose blocks are attributes. By itself a column of that name is meant."""
+    owners = [node.node for node in tree.find_all(nodes.Getattr)]
+    for name in tree.find_all(nodes.Name):
+        if name.name == "self" and not any(name is owner for owner in owners):
+            raise jinja2.TemplateSyntaxError(
+                'self is the template itself; a column of that name is row["self"]', name.lineno
+            )
 
 
 def _subscripts_of_row(tree: nodes.Template) -> set[str]:

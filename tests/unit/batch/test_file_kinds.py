@@ -78,6 +78,7 @@ def test_csv_columns_whose_rows_disagree_are_text_and_dates_stay_text(make_confi
     [
         (["1", "-20", "", "9223372036854775807"], pa.int64()),
         (["1.5", "0.1", "-2.0", "", "1e-07", "0.30000000000000004"], pa.float64()),
+        (["inf", "nan", "0.5", "-inf"], pa.float64()),
         (["true", "", "False", "TRUE"], pa.bool_()),
         (["", ""], pa.null()),
         (["01234", "12345"], pa.string()),

@@ -51,6 +51,13 @@ def test_a_column_wins_over_a_function_of_its_name(name, use_fast_path):
     assert (called.columns, called.render({"a": "v"})) == (("a",), "[0, 1]1v")
 
 
+def test_a_column_called_self_is_a_subscript_of_the_row():
+    with pytest.raises(jinja2.TemplateSyntaxError, match=r'row\["self"\]'):
+        CompiledTemplate("{{ self }}")
+    assert CompiledTemplate("{{ row['self'] }}").render({"self": "v"}) == "v"
+    assert CompiledTemplate("{% block a %}x{% endblock %}{{ self.a() }}").render({}) == "xx"
+
+
 @pytest.mark.parametrize("use_fast_path", [True, False])
 def test_columns_of_any_name_are_subscripts_of_the_row(use_fast_path):
     text = "{{ row['Review Text'] }}/{{ row[\"größe\"] }}/{{ n }}{% if row['is \\'on\\''] %}!{% endif %}"
