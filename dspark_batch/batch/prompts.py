@@ -91,7 +91,7 @@ class PromptRenderer:
         return self._render_texts(texts, ids=ids)
 
     def _render_rows(self, table: pa.Table, *, ids: tuple[str, ...]) -> Iterator[_Outcome]:
-        used = [_python_values(table.column(name)) for name in self.columns]
+        used = [python_values(table.column(name)) for name in self.columns]
         names = self.columns
         rows = zip(*used, strict=True) if used else repeat(())
         for row_id, values in zip(ids, rows, strict=False):
@@ -239,7 +239,8 @@ def _rendered(template: CompiledTemplate, row: Mapping[str, object], *, field: s
     return text
 
 
-def _python_values(column: pa.ChunkedArray[Any]) -> list[object]:
+def python_values(column: pa.ChunkedArray[Any]) -> list[object]:
+    """A column as Python objects; an ``UnreadableValue`` where there is none (text that is not UTF-8, far dates)."""
     try:
         return column.to_pylist()
     except (UnicodeDecodeError, ValueError, OverflowError, pa.ArrowException):

@@ -24,6 +24,11 @@ class ExitCode(IntEnum):
     TOO_MANY_FAILED = 4
     """More rows failed than ``limits.max_failed_fraction`` allows."""
 
+    @property
+    def is_success(self) -> bool:
+        """Whether every row went through, failed rows within the limit included."""
+        return self in (ExitCode.OK, ExitCode.SOME_ROWS_FAILED)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
@@ -34,8 +39,8 @@ class Outcome:
 
     @property
     def is_success(self) -> bool:
-        """Whether every row went through, failed rows within the limit included."""
-        return self.code in (ExitCode.OK, ExitCode.SOME_ROWS_FAILED)
+        """See ``ExitCode.is_success``."""
+        return self.code.is_success
 
 
 @dataclass(slots=True)

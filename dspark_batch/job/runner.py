@@ -17,7 +17,7 @@ from dspark_batch.job.outcome import Outcome, Totals
 from dspark_batch.job.prepare import PreparedRun, Remaining, prepare, remaining
 from dspark_batch.job.progress import Work, progress_report
 from dspark_batch.job.signals import StopRequest
-from dspark_batch.job.summary import Finished, describe, ending_outcome, nothing_to_do
+from dspark_batch.job.summary import Finished, describe, ending_outcome, exit_code, nothing_to_do
 from dspark_batch.provenance import device_facts
 
 if TYPE_CHECKING:
@@ -177,8 +177,7 @@ def _finish(finished: Finished) -> Outcome:
     from dspark_batch.job.records import append_metrics
 
     run = finished.run
-    outcome = ending_outcome(finished)
     append_metrics(finished, device=device_facts())
-    if outcome.is_success:
+    if exit_code(run, finished.whole, ending=finished.ending).is_success:
         finish_run(run.store, plan=run.plan, config=run.config)
-    return outcome
+    return ending_outcome(finished)

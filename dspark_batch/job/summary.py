@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from dspark_batch.job.drive import Ending
 from dspark_batch.job.outcome import ExitCode, Outcome, Totals
@@ -79,9 +79,11 @@ def exit_code(run: PreparedRun, whole: Totals, *, ending: Ending) -> ExitCode:
 
 def format_rows(table: pa.Table, *, columns: Iterable[str]) -> list[str]:
     """The columns of every row, one row a line, long values cut."""
+    from dspark_batch.batch.prompts import python_values
+
     names = list(dict.fromkeys(columns))
-    rows = zip(*(_values(table.column(name)) for name in names), strict=True)
-    return ["  " + " | ".join(f"{name}={_cell(value)}" for name, value in zip(names, row, strict=True)) for row in rows]
+    rows = zip(*(python_values(table.column(name)) for name in names), strict=True)
+    return ["  " + " | ".join(map(_cell, names, row)) for row in rows]
 
 
 def shown_columns(run: PreparedRun) -> list[str]:
@@ -163,21 +165,11 @@ def _without_empty_error(run: PreparedRun, table: pa.Table) -> list[str]:
     return columns if table.column("error").null_count < table.num_rows else columns[:-1]
 
 
-def _values(column: pa.ChunkedArray[Any]) -> list[object]:
-    try:
-        return column.to_pylist()
-    except UnicodeDecodeError:
-        return [_value(scalar) for scalar in column]
+def _cell(name: str, value: object) -> str:
+    from dspark_batch.batch.prompts import UnreadableValue
 
-
-def _value(scalar: pa.Scalar[Any]) -> object:
-    try:
-        return scalar.as_py()
-    except UnicodeDecodeError as error:
-        return error.object.decode(errors="replace")
-
-
-def _cell(value: object) -> str:
+    if isinstance(value, UnreadableValue):
+        return f"{name}=<{value.error.message}>"
     is_plain = not isinstance(value, Mapping | list | str)
     text = str(value) if is_plain else json.dumps(value, ensure_ascii=False, default=str)
-    return text if len(text) <= MAX_CELL_CHARS else text[: MAX_CELL_CHARS - 1] + "…"
+    return f"{name}={text if len(text) <= MAX_CELL_CHARS else text[: MAX_CELL_CHARS - 1] + '…'}"

@@ -156,6 +156,33 @@ def test_bad_input_null_prompt(make_job: JobOf, capsys: Capture) -> None:
     assert (job.out / "_SUCCESS").exists()
 
 
+@pytest.mark.parametrize("flags", [[], ["--preview", "2"]])
+def test_bad_input_values_that_python_cannot_hold_are_shown_as_such(
+    make_job: JobOf, capsys: Capture, flags: list[str]
+) -> None:
+    broken = pa.array([b"a", b"caf\xe9", b"c"], pa.binary()).view(pa.string())
+    far = pa.array([0, 4_000_000, 4_000_001], pa.int32()).view(pa.date32())
+    job = make_job(pa.table({"text": broken, "day": far}))
+    for column, shown in (("text", "not valid UTF-8"), ("day", "unreadable value")):
+        job.config["input"] = {"path": str(job.folder / "in.parquet"), "columns": [column]}
+        job.config["output"]["path"] = str(job.folder / column)
+        job.config["limits"] = {"max_failed_fraction": 0.5}
+        code = run_cli(["run", job.write(), *flags])
+        assert code == (ExitCode.OK if flags else ExitCode.SOME_ROWS_FAILED)
+        assert f"{column}=<{shown}" in capsys.readouterr().out
+        assert (job.folder / column / "_SUCCESS").exists() == (not flags)
+
+
+def test_a_run_is_finished_before_its_summary_is_made(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(finished: object) -> None:
+        raise OSError("no summary")
+
+    monkeypatch.setattr("dspark_batch.job.runner.ending_outcome", broken)
+    with pytest.raises(OSError, match="no summary"):
+        run_cli(["run", job.write()])
+    assert (job.out / "_SUCCESS").exists()
+
+
 def test_bad_input_prompt_longer_than_the_context(make_job: JobOf, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(FAILURES_VARIABLE, "Say much too long=prompt_too_long")
     job = make_job(texts(["a", "b", "much too long"]))
