@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
+from pyspark.sql.conversion import LocalDataToArrowConversion
 from pyspark.sql.functions import udtf
 from pyspark.sql.pandas.types import to_arrow_schema
-from pyspark.sql.types import StructType
+from pyspark.sql.types import StringType, StructField, StructType
 from pyspark.sql.udtf import AnalyzeArgument, AnalyzeResult
 
 from dspark_batch.batch.prompts import prompt_columns
@@ -122,11 +123,11 @@ class PartitionRows:
         self._engine = engine
         self._client: EngineClient | None = None
         self._kept = job.input.columns if job.input.columns is not None else list(schema.names)
-        arrow = to_arrow_schema(schema, timezone="UTC")
         self._needed = prompt_columns(job.prompt)
-        names = dict.fromkeys([*self._needed, *([job.input.id] if job.input.id else [])])
-        self._read = pa.schema([arrow.field(name) for name in names])
-        self._identity = RowIdentity(job.prompt, id_column=job.input.id, input_schema=self._read)
+        self._read = list(dict.fromkeys([*self._needed, *([job.input.id] if job.input.id else [])]))
+        self._schema = StructType([*(schema[name] for name in self._read), StructField(ROW_ID_COLUMN, StringType())])
+        arrow = to_arrow_schema(self._schema, timezone="UTC")
+        self._identity = RowIdentity(job.prompt, id_column=job.input.id, input_schema=arrow)
         self._buffer: list[Row] = []
         self._pending: deque[tuple[list[Row], Future[pa.Table]]] = deque()
 
@@ -158,9 +159,7 @@ class PartitionRows:
     def _submit(self) -> None:
         if self._client is None:
             self._client = process_engines.client(self._engine)
-        columns = [pa.array([row[field.name] for row in self._buffer], type=field.type) for field in self._read]
-        ids_at = pa.array([""] * len(self._buffer), type=pa.string())
-        table = pa.Table.from_arrays([*columns, ids_at], schema=self._read.append(pa.field(ROW_ID_COLUMN, pa.string())))
+        table = _arrow_table([(*(row[name] for name in self._read), "") for row in self._buffer], self._schema)
         ids = pa.array(self._identity.of(table), type=pa.string())
         shipped = table.select(list(self._needed)).append_column(ROW_ID_COLUMN, ids)
         chunk = Chunk(job=engine_job(self._job), table=shipped)
@@ -174,6 +173,12 @@ class PartitionRows:
         for place, generated in enumerate(added):
             row = rows[place // num_samples]
             yield (*(row[name] for name in self._kept), *generated.values())
+
+
+def _arrow_table(rows: list[tuple[object, ...]], schema: StructType) -> pa.Table:
+    """The rows with every time in UTC: PySpark gives times without a zone, as the clock of the worker shows them."""
+    table: pa.Table = LocalDataToArrowConversion.convert(rows, schema, use_large_var_types=False)
+    return table
 
 
 def _constants(arguments: Mapping[str, AnalyzeArgument]) -> dict[str, Any]:

@@ -85,6 +85,21 @@ def test_the_table_function_gives_the_local_backends_texts(spark, reviews, modul
     assert texts(frame) == expected
 
 
+def test_times_in_a_table_function_do_not_depend_on_the_zone_of_the_workers(spark, engine, monkeypatch) -> None:
+    monkeypatch.setitem(spark.sparkContext.environment, "TZ", "America/New_York")
+    register_table_function(spark, "dspark_generate_times", job_values(engine.path))
+    spark.sql(
+        "SELECT TIMESTAMP '2026-07-01 12:00:00+02:00' AS moment, TIMESTAMP_NTZ '2026-07-01 12:00:00' AS plain,"
+        " array(named_struct('at', TIMESTAMP '2026-07-01 12:00:00+02:00')) AS nested"
+    ).createOrReplaceTempView("times")
+    template = "{{ moment }} {{ plain }} {{ nested[0].at }}"
+    rows = spark.sql(
+        f"SELECT * FROM dspark_generate_times(TABLE(times), prompt => '{template}', id => 'moment')"
+    ).collect()
+    assert engine.rows() == ["2026-07-01 10:00:00+00:00 2026-07-01 12:00:00 2026-07-01 10:00:00+00:00"]
+    assert rows[0].moment == spark.table("times").first().moment
+
+
 def test_a_real_models_texts_are_those_of_the_local_backend(
     spark, reviews, tmp_path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
