@@ -18,7 +18,7 @@ from dspark_batch import errors
 from dspark_batch.batch.commit import RunStore
 from dspark_batch.batch.executor import ShardExecutor, WorkerSpec
 from dspark_batch.batch.live import LiveCounts
-from dspark_batch.errors import DSparkBatchError, EngineError
+from dspark_batch.errors import ConfigError, DSparkBatchError, EngineError, Problem
 from dspark_batch.spark.executor import prepare_process, process_engines, task_facts
 from dspark_batch.spark.session import check_session, executor_cores, setting
 
@@ -42,6 +42,7 @@ class Failure:
 
     kind: str
     message: str
+    problems: tuple[Problem, ...] = ()
 
 
 class SparkBackend:
@@ -149,7 +150,8 @@ class ShardTask:
             raise
         except DSparkBatchError as error:
             store.write_meta(_stop_name(spec.run_id), "stop\n")
-            return [Failure(kind=type(error).__name__, message=str(error))]
+            problems = error.problems if isinstance(error, ConfigError) else ()
+            return [Failure(kind=type(error).__name__, message=str(error), problems=problems)]
         return [entry for entry in found if entry is not None]
 
 
@@ -171,8 +173,10 @@ def _collect(tasks: DataFrame, outcome: queue.SimpleQueue[list[ManifestEntry | F
 
 
 def _as_error(failure: Failure) -> DSparkBatchError:
+    if failure.problems:
+        return ConfigError(failure.problems)
     kind = getattr(errors, failure.kind, None)
-    if isinstance(kind, type) and issubclass(kind, DSparkBatchError) and not issubclass(kind, errors.ConfigError):
+    if isinstance(kind, type) and issubclass(kind, DSparkBatchError):
         return kind(failure.message)
     return EngineError(f"{failure.kind}: {failure.message}")
 

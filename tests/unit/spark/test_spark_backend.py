@@ -11,7 +11,7 @@ import pytest
 
 from dspark_batch.batch.commit import RunStore
 from dspark_batch.batch.executor import WorkerSpec
-from dspark_batch.errors import EngineError, ModelError
+from dspark_batch.errors import ConfigError, EngineError, ModelError
 from dspark_batch.job.loader import config_from_values, dump_config
 from dspark_batch.job.prepare import prepare
 from dspark_batch.spark.backend import ShardTask, SparkBackend
@@ -131,6 +131,13 @@ def test_errors_that_no_attempt_can_mend_reach_the_driver_in_their_own_words(run
     spec = spec_of(run, engine_factory="dspark_batch.testing.engine_factories:missing")
     with pytest.raises(ModelError, match="no such checkpoint"):
         list(SparkBackend(spec, session=Session()).run(run.plan.shards))
+
+
+def test_a_config_that_does_not_fit_is_still_a_config_error_with_its_problems(run) -> None:
+    spec = spec_of(run, engine_factory="dspark_batch.testing.engine_factories:no_such_function")
+    with pytest.raises(ConfigError) as error:
+        list(SparkBackend(spec, session=Session()).run(run.plan.shards))
+    assert [problem.field for problem in error.value.problems] == ["DSPARK_BATCH_ENGINE_FACTORY"]
 
 
 def test_an_error_of_spark_itself_is_an_engine_error_with_its_last_words(run, monkeypatch: pytest.MonkeyPatch) -> None:
