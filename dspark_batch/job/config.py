@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_serializer, model_validator
@@ -250,3 +252,7 @@ class JobConfig(Section):
             threads=self.engine.threads,
             share_prefixes=self.engine.share_prefixes,
         )
+
+
+ConfigLike = JobConfig | Mapping[str, Any] | str | Path
+"""A validated config, its sections as nested mappings, or a YAML file's path."""

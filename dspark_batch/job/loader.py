@@ -16,7 +16,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from dspark_batch.errors import ConfigError, Problem
-from dspark_batch.job.config import JobConfig
+from dspark_batch.job.config import ConfigLike, JobConfig
 
 COMMAND_LINE = "command line"
 """Source named in problems with an override."""
@@ -25,8 +25,8 @@ _DOTTED = re.compile(r"^([a-z_]+(?:\.[a-z_]+)+)\b")
 _HAS_SCHEME = re.compile(r"^[a-zA-Z][a-zA-Z0-9+.-]+://")
 
 
-def load_config(path: str | Path, *, overrides: Sequence[str] = ()) -> JobConfig:
-    """The validated config of a YAML file, with ``overrides`` such as ``"sampling.seed=1"`` laid over it.
+def load_config(config: ConfigLike, *, overrides: Sequence[str] = ()) -> JobConfig:
+    """The validated config of a YAML file or its like, with ``overrides`` such as ``"sampling.seed=1"`` laid over it.
 
     Values of overrides are read as YAML (``null``, ``0.5``, ``[a, b]``). Paths stay as written; see ``absolute_paths``.
 
@@ -34,21 +34,25 @@ def load_config(path: str | Path, *, overrides: Sequence[str] = ()) -> JobConfig
         ConfigError: the file cannot be read, is no YAML mapping, repeats a key, or a field is unknown or out of range.
             It lists every problem with its field, its value, and the file (or "command line") it came from.
     """
-    tree = _read_yaml(Path(path))
-    return _validated(tree, source=str(path), overrides=overrides)
+    return _validated(_tree(config), source=source_of(config), overrides=overrides)
 
 
-def read_values(path: str | Path) -> dict[str, Any]:
-    """The sections of a YAML file, not validated yet. Raises ConfigError where the file is no mapping of sections."""
-    tree = _read_yaml(Path(path))
+def read_values(config: ConfigLike) -> dict[str, Any]:
+    """The sections of a config, not validated yet. Raises ConfigError where a file is no mapping of sections."""
+    tree = _tree(config)
     if tree.problems:
         raise ConfigError(tree.problems)
     return tree.values
 
 
+def source_of(config: ConfigLike) -> str:
+    """What problems call a config: its file, else ``config``."""
+    return str(config) if isinstance(config, str | Path) else "config"
+
+
 def config_from_values(values: Mapping[str, Any], *, source: str, overrides: Sequence[str] = ()) -> JobConfig:
     """``load_config`` for sections that are at hand as nested mappings; ``source`` names them in problems."""
-    return _validated(_Tree(copy.deepcopy(dict(values))), source=source, overrides=overrides)
+    return _validated(_tree(values), source=source, overrides=overrides)
 
 
 def _validated(tree: _Tree, *, source: str, overrides: Sequence[str]) -> JobConfig:
@@ -95,6 +99,13 @@ def dump_config(config: JobConfig) -> str:
 class _Tree:
     values: dict[str, Any]
     problems: list[Problem] = field(default_factory=list)
+
+
+def _tree(config: ConfigLike) -> _Tree:
+    if isinstance(config, str | Path):
+        return _read_yaml(Path(config))
+    values = config.model_dump(mode="json") if isinstance(config, JobConfig) else config
+    return _Tree(copy.deepcopy(dict(values)))
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):

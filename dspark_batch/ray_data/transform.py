@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import pyarrow as pa
 
 from dspark_batch.batch.contract import RowEngine
@@ -12,7 +9,7 @@ from dspark_batch.batch.engines import configured_factory, make_engine
 from dspark_batch.batch.rows import ShardInput, row_ids
 from dspark_batch.batch.worker import BatchWorker
 from dspark_batch.errors import ConfigError, Problem
-from dspark_batch.job.config import JobConfig
+from dspark_batch.job.config import ConfigLike, JobConfig
 
 UNNAMED = "batch"
 """Stands for the file name in ids of rows without an id column."""
@@ -27,16 +24,17 @@ class Generate:
     above 0 depends on the row's place in its batch, so it is then refused. One engine per object; calls do not overlap.
 
     Args:
-        config: a ``JobConfig`` or its sections as a mapping; ``input.path``, ``output`` and all else may be left out.
+        config: a YAML file, its sections as a mapping, or a ``JobConfig``; ``input`` and ``output`` may be left out.
         engine_factory: ``module:function`` of another engine, for tests.
 
     Raises:
-        ConfigError: the config is not valid, or does not fit the columns of the first batch.
+        ConfigError: the config is not valid, asks for what only files have (``input.filter``), or does not fit the
+            columns of the first batch.
         ModelError: the model cannot be loaded.
     """
 
-    def __init__(self, config: JobConfig | Mapping[str, Any], *, engine_factory: str | None = None) -> None:
-        self._config = config if isinstance(config, JobConfig) else _complete(config)
+    def __init__(self, config: ConfigLike, *, engine_factory: str | None = None) -> None:
+        self._config = _job(config)
         if self._config.input.id is None and not self._config.sampling.to_params().is_greedy:
             raise ConfigError([Problem("input.id", "is needed where sampling.temperature is above 0")])
         factory = engine_factory or configured_factory()
@@ -56,8 +54,8 @@ class Generate:
         return next(iter(self._worker.run_shards([shard]))).table
 
 
-def _complete(sections: Mapping[str, Any]) -> JobConfig:
-    given = {name: dict(values) for name, values in sections.items()}
-    given.setdefault("input", {}).setdefault("path", UNNAMED)
-    given.setdefault("output", {}).setdefault("path", UNNAMED)
-    return JobConfig.model_validate(given)
+def _job(config: ConfigLike) -> JobConfig:
+    from dspark_batch.job.rows import job_of_sections, sections_of
+
+    values, source = sections_of(config, path=UNNAMED)
+    return job_of_sections(values, source=source)

@@ -13,11 +13,11 @@ from pyspark.sql.pandas.types import from_arrow_schema
 from pyspark.sql.types import StructType
 
 from dspark_batch.errors import ConfigError, Problem
-from dspark_batch.job.config import JobConfig
+from dspark_batch.job.config import ConfigLike, JobConfig
 from dspark_batch.spark.calls import ARGUMENTS, generate_calls
 from dspark_batch.spark.client import EngineSpec
 from dspark_batch.spark.executor import process_engines
-from dspark_batch.spark.jobs import ConfigLike, resolve_column_config
+from dspark_batch.spark.jobs import resolve_column_config
 from dspark_batch.spark.rows import added_schema
 from dspark_batch.spark.session import check_session, engine_spec
 

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
 
 from dspark_batch.errors import ConfigError, Problem
-from dspark_batch.job.config import JobConfig
+from dspark_batch.job.config import ConfigLike, JobConfig
 
 DATAFRAME = "dataframe:"
 """Stands for ``input.path`` and ``output.path`` where rows come from a DataFrame and stay in one."""
@@ -15,10 +13,6 @@ DATAFRAME = "dataframe:"
 DEFAULT_COLUMN = "text"
 PROMPT_ARGUMENT = "prompt"
 ARGUMENT = "argument"
-CONFIG = "config"
-
-ConfigLike = JobConfig | Mapping[str, Any] | str | Path
-"""A YAML file's path, the same sections as nested mappings, or a validated config."""
 
 _MARKERS = ("{{", "{%")
 
@@ -40,11 +34,10 @@ def resolve_config(
     Raises:
         ConfigError: with every problem found.
     """
-    from dspark_batch.job.loader import absolute_paths, config_from_values
+    from dspark_batch.job.loader import absolute_paths
+    from dspark_batch.job.rows import job_of_sections, sections_of
 
-    values, source = _values(config)
-    _fill(values, "input", path=DATAFRAME)
-    _fill(values, "output", path=DATAFRAME)
+    values, source = sections_of(config, path=DATAFRAME)
     if prompt is not None:
         section = values.setdefault("prompt", {}) or {}
         values["prompt"] = {**section, "template": prompt_template(prompt, columns_at_hand), "token_ids": None}
@@ -52,11 +45,7 @@ def resolve_config(
         values["input"]["id"] = id
     if column is not None:
         values["output"]["column"] = column
-    job = config_from_values(values, source=source, overrides=overrides)
-    problems = _not_for_dataframes(job)
-    if problems:
-        raise ConfigError(problems)
-    return absolute_paths(job)
+    return absolute_paths(job_of_sections(values, source=source, overrides=overrides))
 
 
 def resolve_column_config(config: ConfigLike, *, overrides: Sequence[str] = ()) -> JobConfig:
@@ -65,8 +54,9 @@ def resolve_column_config(config: ConfigLike, *, overrides: Sequence[str] = ()) 
     ``prompt.system`` and ``prompt.chat`` hold; a template may read ``prompt`` and nothing else. Raises ConfigError.
     """
     from dspark_batch.batch.prompts import prompt_columns
+    from dspark_batch.job.loader import read_values
 
-    values, _ = _values(config)
+    values = read_values(config)
     section = values.get("prompt") or {}
     if not isinstance(section, Mapping) or section.get("template") is None:
         template = "{{ " + PROMPT_ARGUMENT + " }}"
@@ -105,33 +95,3 @@ def engine_job(job: JobConfig) -> JobConfig:
     """The job as the engine's process needs it: only added columns come back, and no id column is looked for."""
     source = job.input.model_copy(update={"columns": [], "id": None})
     return job.model_copy(update={"input": source})
-
-
-def _values(config: ConfigLike) -> tuple[dict[str, Any], str]:
-    from dspark_batch.job.loader import read_values
-
-    if isinstance(config, JobConfig):
-        return config.model_dump(mode="json"), CONFIG
-    if isinstance(config, str | Path):
-        return read_values(config), str(config)
-    return {key: dict(value) if isinstance(value, Mapping) else value for key, value in config.items()}, CONFIG
-
-
-def _fill(values: dict[str, Any], section: str, **defaults: object) -> None:
-    given = values.get(section)
-    if given is None or isinstance(given, Mapping):
-        values[section] = {**defaults, **(given or {})}
-
-
-def _not_for_dataframes(job: JobConfig) -> list[Problem]:
-    """What is refused rather than ignored."""
-    refused = {
-        "filter": "filter the DataFrame before it is given to Spark's connector",
-        "incremental": "give Spark's connector the new rows only",
-        "version": "read that version with Spark",
-    }
-    return [
-        Problem(f"input.{name}", f"is for files and tables on disk; {advice}")
-        for name, advice in refused.items()
-        if getattr(job.input, name) is not None
-    ]

@@ -14,8 +14,8 @@ from pyspark.sql.types import StructType
 
 from dspark_batch.batch.commit import RunStore
 from dspark_batch.errors import ConfigError, EngineError, OutputError, Problem
-from dspark_batch.job.config import JobConfig
-from dspark_batch.spark.jobs import ConfigLike, resolve_config
+from dspark_batch.job.config import ConfigLike, JobConfig
+from dspark_batch.spark.jobs import resolve_config
 from dspark_batch.spark.staging import (
     Stages,
     StagingFolder,

@@ -17,13 +17,13 @@ from pyspark.sql.udtf import AnalyzeArgument, AnalyzeResult
 
 from dspark_batch.batch.prompts import prompt_columns
 from dspark_batch.errors import ConfigError, Problem
-from dspark_batch.job.config import JobConfig
+from dspark_batch.job.config import ConfigLike, JobConfig
 from dspark_batch.spark.calls import SAMPLING_ARGUMENTS
 from dspark_batch.spark.client import ROW_ID_COLUMN, Chunk, EngineClient, EngineSpec
 from dspark_batch.spark.executor import process_engines
 from dspark_batch.spark.functions import check_function_name
 from dspark_batch.spark.identity import RowIdentity
-from dspark_batch.spark.jobs import ConfigLike, engine_job, resolve_config
+from dspark_batch.spark.jobs import engine_job, resolve_config
 from dspark_batch.spark.session import check_session, engine_spec
 from dspark_batch.spark.stream import OPEN_FACTOR
 from dspark_batch.spark.transform import output_schema
@@ -198,12 +198,7 @@ def _constants(arguments: Mapping[str, AnalyzeArgument]) -> dict[str, Any]:
 
 
 def _has_prompt(config: ConfigLike) -> bool:
-    if isinstance(config, JobConfig):
-        return True
-    if isinstance(config, Mapping):
-        section = config.get("prompt") or {}
-    else:
-        from dspark_batch.job.loader import read_values
+    from dspark_batch.job.loader import read_values
 
-        section = read_values(config).get("prompt") or {}
+    section = read_values(config).get("prompt") or {}
     return isinstance(section, Mapping) and bool(section.get("template") or section.get("token_ids"))

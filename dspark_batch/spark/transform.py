@@ -12,10 +12,10 @@ from pyspark.sql.types import StructType
 
 from dspark_batch.batch.worker import check_schema
 from dspark_batch.errors import ConfigError, Problem
-from dspark_batch.job.config import JobConfig
+from dspark_batch.job.config import ConfigLike, JobConfig
 from dspark_batch.spark.client import EngineSpec
 from dspark_batch.spark.executor import process_engines
-from dspark_batch.spark.jobs import ConfigLike, resolve_config
+from dspark_batch.spark.jobs import resolve_config
 from dspark_batch.spark.rows import added_schema, generate_batches
 from dspark_batch.spark.session import check_session, engine_spec
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pytest
-from pydantic import ValidationError
 
 from dspark_batch.errors import ConfigError
+from dspark_batch.job.loader import config_from_values
 from dspark_batch.ray_data import Generate
 from dspark_batch.testing.jobs import SCRIPTED, reviews
 
@@ -53,6 +55,22 @@ def test_a_missing_column_is_named() -> None:
         Generate(CONFIG, engine_factory=SCRIPTED)(reviews(3).drop_columns(["text"]))
 
 
-def test_an_invalid_config_is_refused() -> None:
-    with pytest.raises((ConfigError, ValidationError)):
-        Generate({**CONFIG, "sampling": {"top_p": 7}}, engine_factory=SCRIPTED)
+def test_an_invalid_config_is_refused_with_every_problem() -> None:
+    with pytest.raises(ConfigError) as error:
+        Generate({**CONFIG, "sampling": {"top_p": 7}, "modle": {}}, engine_factory=SCRIPTED)
+    assert {problem.field for problem in error.value.problems} == {"sampling.top_p", "modle"}
+
+
+@pytest.mark.parametrize("of", [lambda config: config, lambda config: config_from_values(config, source="test")])
+def test_what_only_files_have_is_refused_rather_than_ignored(of: Callable[[dict[str, Any]], Any]) -> None:
+    source = {"path": "p", "id": "id", "filter": "stars > 3", "incremental": "rows"}
+    with pytest.raises(ConfigError) as error:
+        Generate(of({**CONFIG, "input": source, "output": {"path": "o"}}), engine_factory=SCRIPTED)
+    assert [problem.field for problem in error.value.problems] == ["input.filter", "input.incremental"]
+    assert "filter the rows before" in str(error.value)
+
+
+def test_a_config_file_will_do(tmp_path: Path) -> None:
+    file = tmp_path / "job.yaml"
+    file.write_text("prompt: {template: 'Say {{ text }}'}\n")
+    assert Generate(file, engine_factory=SCRIPTED)(reviews(3)).column("generated").null_count == 0
