@@ -9,9 +9,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from dspark_batch.batch.commit import read_output
     from dspark_batch.core import ErrorCode, FinishReason, Message, Request, Result, RowError, SamplingParams
     from dspark_batch.engine.config import EngineConfig
     from dspark_batch.engine.engine import BatchEngine
+    from dspark_batch.job.outcome import Outcome
+    from dspark_batch.job.runner import run_job
 
 __version__ = "0.1.0"
 
@@ -21,10 +24,13 @@ _HOMES = {
     "ErrorCode": "dspark_batch.core",
     "FinishReason": "dspark_batch.core",
     "Message": "dspark_batch.core",
+    "Outcome": "dspark_batch.job.outcome",
     "Request": "dspark_batch.core",
     "Result": "dspark_batch.core",
     "RowError": "dspark_batch.core",
     "SamplingParams": "dspark_batch.core",
+    "read_output": "dspark_batch.batch.commit",
+    "run_job": "dspark_batch.job.runner",
 }
 
 __all__ = [
@@ -33,11 +39,14 @@ __all__ = [
     "ErrorCode",
     "FinishReason",
     "Message",
+    "Outcome",
     "Request",
     "Result",
     "RowError",
     "SamplingParams",
     "__version__",
+    "read_output",
+    "run_job",
 ]
 
 

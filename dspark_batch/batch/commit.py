@@ -15,6 +15,7 @@ import uuid
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from datetime import UTC, datetime
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -333,12 +334,12 @@ def parquet_bytes(table: pa.Table, *, keeps_types: bool = True) -> bytes:
     return sink.getvalue().to_pybytes()
 
 
-def read_output(path: str, *, filesystem: fs.FileSystem | None = None) -> pa.Table:
+def read_output(path: str | Path, *, filesystem: fs.FileSystem | None = None) -> pa.Table:
     """All committed rows of a run of format parquet, in the order of its shards; the new run's once a swap has begun.
 
     Raises OutputError where nothing is committed.
     """
-    run = RunStore(path, filesystem=filesystem)
+    run = RunStore(str(path), filesystem=filesystem)
     files = swapping_files(run.store)
     if files is None:
         files = [entry.file for _, entry in sorted(run.committed().items())]

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dspark_batch.errors import ConfigError, ModelError, OutputError, Problem
-from dspark_batch.job.config import JobConfig
+from dspark_batch.job.config import ConfigLike, JobConfig
 from dspark_batch.job.loader import absolute_paths, load_config
 from dspark_batch.job.outcome import Totals
 
@@ -50,7 +50,7 @@ class Remaining:
 
 
 def prepare(
-    path: str | Path, *, overrides: Sequence[str] = (), retry_failed: bool = False, may_finish_swap: bool = False
+    config: ConfigLike, *, overrides: Sequence[str] = (), retry_failed: bool = False, may_finish_swap: bool = False
 ) -> PreparedRun:
     """Load and check a job. Loads neither torch, Ray nor Spark, and writes nothing.
 
@@ -68,7 +68,7 @@ def prepare(
     from dspark_batch.batch.planning import resolve_plan
     from dspark_batch.provenance import fingerprint
 
-    written = load_config(path, overrides=overrides)
+    written = load_config(config, overrides=overrides)
     if retry_failed:
         written = _resuming(written)
     _check_backend(written)

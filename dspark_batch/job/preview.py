@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dspark_batch.core import Request, RowError
+from dspark_batch.job.config import ConfigLike
 from dspark_batch.job.outcome import ExitCode, Outcome
 from dspark_batch.job.prepare import PreparedRun, prepare
 from dspark_batch.job.summary import format_rows, shown_columns
@@ -18,14 +18,14 @@ if TYPE_CHECKING:
 NUM_PROMPTS = 3
 
 
-def preview_job(path: str | Path, *, overrides: Sequence[str] = (), num_rows: int) -> Outcome:
+def preview_job(config: ConfigLike, *, overrides: Sequence[str] = (), num_rows: int) -> Outcome:
     """Generate the first ``num_rows`` rows and show them; nothing is written. Raises as ``run_job``."""
     from dspark_batch.batch.engines import make_engine
     from dspark_batch.batch.prompts import PromptRenderer
     from dspark_batch.batch.reader import ShardReader
     from dspark_batch.batch.worker import BatchWorker
 
-    run = prepare(path, overrides=overrides)
+    run = prepare(config, overrides=overrides)
     config = run.config
     reader = ShardReader(config, plan_schema=run.plan.schema)
     shard = _first_rows(run, reader.read, num_rows=num_rows)

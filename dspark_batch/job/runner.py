@@ -6,10 +6,10 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from dspark_batch.job.backend import Backend
+from dspark_batch.job.config import ConfigLike
 from dspark_batch.job.drive import Bounds, Ending, bound_reached, drive
 from dspark_batch.job.loader import dump_config
 from dspark_batch.job.local import LocalBackend
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 def run_job(
-    path: str | Path,
+    config: ConfigLike,
     *,
     overrides: Sequence[str] = (),
     retry_failed: bool = False,
@@ -33,6 +33,9 @@ def run_job(
     progress: TextIO | None = None,
 ) -> Outcome:
     """Run a job, or go on with it, until its end or an early stop. Progress goes to stderr unless given.
+
+    ``config`` is a YAML file, its sections as a mapping, or a ``JobConfig``; ``overrides`` (``"sampling.seed=1"``) are
+    laid over it. Whether the rows went through, ``Outcome.is_success`` says, and ``Outcome.text`` the rest.
 
     Holds the output's lease meanwhile; see ``output.on_conflict``. From then on a first SIGTERM or Ctrl-C waits for the
     moment when shards are made, and an end of the run that has begun is brought to its end. ``verify`` compares the
@@ -44,7 +47,7 @@ def run_job(
     stream = progress or sys.stderr
 
     def prepared() -> PreparedRun:
-        return prepare(path, overrides=overrides, retry_failed=retry_failed, may_finish_swap=True)
+        return prepare(config, overrides=overrides, retry_failed=retry_failed, may_finish_swap=True)
 
     run = prepared()
     with acquire_lease(
@@ -83,9 +86,9 @@ def _run_to_end(run: PreparedRun, *, retry_failed: bool, verify: bool, stream: T
     return _finish(finished)
 
 
-def dry_run_job(path: str | Path, *, overrides: Sequence[str] = ()) -> Outcome:
+def dry_run_job(config: ConfigLike, *, overrides: Sequence[str] = ()) -> Outcome:
     """Check a job as ``run_job`` would and say what it would do. Loads no model and writes nothing."""
-    run = prepare(path, overrides=overrides)
+    run = prepare(config, overrides=overrides)
     return describe(run, remaining(run))
 
 

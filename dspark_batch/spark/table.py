@@ -127,13 +127,12 @@ def _run(job: JobConfig, *, ray_job_address: str | None) -> None:
     from dspark_batch.job.loader import dump_config
     from dspark_batch.job.runner import run_job
 
-    with tempfile.TemporaryDirectory(prefix="dspark-batch-") as working_dir:
-        path = Path(working_dir) / JOB_FILE
-        path.write_text(dump_config(job), encoding="utf-8")
-        if ray_job_address is not None:
+    if ray_job_address is not None:
+        with tempfile.TemporaryDirectory(prefix="dspark-batch-") as working_dir:
+            (Path(working_dir) / JOB_FILE).write_text(dump_config(job), encoding="utf-8")
             submit_ray_job(working_dir, address=ray_job_address)
-            return
-        outcome = run_job(path)
+        return
+    outcome = run_job(job)
     if not outcome.is_success:
         raise EngineError(f"the job ended with status {int(outcome.code)}: {outcome.text}")
 

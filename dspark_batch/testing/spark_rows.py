@@ -36,7 +36,6 @@ def job_values(target: Path, **sampling: Any) -> dict[str, Any]:
 def local_texts(folder: Path, *, target: Path, **sampling: Any) -> dict[int, str | None]:
     """Text by review id, as a job of the local backend over the same rows writes it."""
     from dspark_batch.batch.commit import read_output
-    from dspark_batch.job.loader import config_from_values, dump_config
     from dspark_batch.job.runner import run_job
 
     columns = list(zip(*review_rows(), strict=True))
@@ -51,8 +50,6 @@ def local_texts(folder: Path, *, target: Path, **sampling: Any) -> dict[int, str
         "shards": {"rows": 13},
         "limits": {"max_failed_fraction": 1.0},
     }
-    config = folder / "job.yaml"
-    config.write_text(dump_config(config_from_values(values, source="test")))
-    run_job(config)
+    run_job(values)
     table = read_output(str(folder / "out"))
     return {row["review_id"]: row["text"] for row in table.select(["review_id", "text"]).to_pylist()}

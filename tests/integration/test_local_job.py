@@ -9,9 +9,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+import dspark_batch
 from dspark_batch.batch.commit import read_output
 from dspark_batch.batch.engines import ENGINE_FACTORY_VARIABLE
 from dspark_batch.cli import run_cli
+from dspark_batch.errors import ConfigError
 from dspark_batch.job.outcome import ExitCode
 from dspark_batch.testing.counting_engine import FACTORY as COUNTING
 from dspark_batch.testing.counting_engine import EngineFolder
@@ -46,6 +48,14 @@ def test_every_input_row_comes_out_once_with_its_columns_and_a_summary(job: Job,
     assert f"output: {job.out}" in out
     assert '  id="r0" | answer=' in out
     assert "rows 47/47 (100 %)" in err
+
+
+def test_a_job_runs_from_python_and_its_rows_are_read_back(job: Job) -> None:
+    outcome = dspark_batch.run_job(job.config, overrides=["output.column=said"])
+    assert (outcome.is_success, outcome.code) == (True, ExitCode.OK)
+    assert dspark_batch.read_output(job.out).column("said").null_count == 0
+    with pytest.raises(ConfigError, match=r"config: sampling\.top_p: must lie in"):
+        dspark_batch.run_job({**job.config, "sampling": {"top_p": 7}})
 
 
 def test_a_second_run_finds_nothing_to_do_and_makes_no_engine(
