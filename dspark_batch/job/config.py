@@ -209,6 +209,9 @@ class ShardSection(Section):
 class LimitsSection(Section):
     max_failed_fraction: float = Field(default=0.05, ge=0, le=1)
     max_generated_tokens: int | None = Field(default=None, ge=1)
+    exit_code_on_failed_rows: Literal[3, 0] = Field(
+        default=3, description="0: for orchestrators that take every other code for a job to run again"
+    )
 
 
 class JobConfig(Section):

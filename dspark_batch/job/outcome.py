@@ -20,7 +20,7 @@ class ExitCode(IntEnum):
     BAD_CONFIG = 2
     """The config or the command line is wrong."""
     SOME_ROWS_FAILED = 3
-    """Finished; some rows carry an error."""
+    """Finished; some rows carry an error. ``limits.exit_code_on_failed_rows`` may make it 0."""
     TOO_MANY_FAILED = 4
     """More rows failed than ``limits.max_failed_fraction`` allows."""
 

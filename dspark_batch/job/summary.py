@@ -74,7 +74,7 @@ def exit_code(run: PreparedRun, whole: Totals, *, ending: Ending) -> ExitCode:
         return ExitCode.FATAL
     if whole.failed_fraction > run.config.limits.max_failed_fraction:
         return ExitCode.TOO_MANY_FAILED
-    return ExitCode.SOME_ROWS_FAILED if whole.num_failed_rows else ExitCode.OK
+    return ExitCode(run.config.limits.exit_code_on_failed_rows) if whole.num_failed_rows else ExitCode.OK
 
 
 def format_rows(table: pa.Table, *, columns: Iterable[str]) -> list[str]:

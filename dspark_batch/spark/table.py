@@ -115,12 +115,16 @@ def _stage(spark: SparkSession, frame: DataFrame, *, folder: StagingFolder, stag
 
 
 def _staged_job(job: JobConfig, *, folder: StagingFolder, backend: TableBackend) -> JobConfig:
-    """The files in between are always Parquet, whatever the config says of its own input and output."""
+    """The files in between are always Parquet, whatever the config says of its own input and output.
+
+    A job in which some rows failed ends with 0, as Ray takes any other code for a job that failed.
+    """
     source = job.input.model_copy(update={"path": folder.for_arrow(INPUT), "format": "parquet", "catalog": None})
     plain = {"mode": "resume", "format": "parquet", "table": None, "catalog": None}
     output = job.output.model_copy(update={"path": folder.for_arrow(OUTPUT), **plain})
     engine = job.engine.model_copy(update={"backend": backend})
-    return job.model_copy(update={"input": source, "output": output, "engine": engine})
+    limits = job.limits.model_copy(update={"exit_code_on_failed_rows": 0})
+    return job.model_copy(update={"input": source, "output": output, "engine": engine, "limits": limits})
 
 
 def _run(job: JobConfig, *, ray_job_address: str | None) -> None:

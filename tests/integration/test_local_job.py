@@ -166,6 +166,15 @@ def test_bad_input_null_prompt(make_job: JobOf, capsys: Capture) -> None:
     assert (job.out / "_SUCCESS").exists()
 
 
+def test_a_run_with_failed_rows_may_end_with_0(make_job: JobOf, capsys: Capture) -> None:
+    job = make_job(texts(["a", None, "c"]))
+    job.config["limits"] = {"max_failed_fraction": 0.5, "exit_code_on_failed_rows": 0}
+    for _ in range(2):
+        assert run_cli(["run", job.write()]) == ExitCode.OK
+        assert "failed rows: 1 (33.3 %): null_prompt 1" in capsys.readouterr().out
+    assert run_cli(["run", job.write(), "limits.max_failed_fraction=0.1"]) == ExitCode.TOO_MANY_FAILED
+
+
 @pytest.mark.parametrize("flags", [[], ["--preview", "2"]])
 def test_bad_input_values_that_python_cannot_hold_are_shown_as_such(
     make_job: JobOf, capsys: Capture, flags: list[str]

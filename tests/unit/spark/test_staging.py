@@ -5,10 +5,16 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from pyspark.sql import types as T  # noqa: N812
 
+from dspark_batch.batch.engines import ENGINE_FACTORY_VARIABLE
 from dspark_batch.errors import ConfigError, EngineError, OutputError
+from dspark_batch.job.runner import run_job
+from dspark_batch.spark import table
+from dspark_batch.spark.jobs import resolve_config
 from dspark_batch.spark.staging import (
     Stages,
     StagingFolder,
@@ -17,6 +23,7 @@ from dspark_batch.spark.staging import (
     without_not_null,
 )
 from dspark_batch.spark.table import submit_ray_job
+from dspark_batch.testing.jobs import SCRIPTED
 
 STAGES = Stages(source="a", target="b", schema="{}")
 
@@ -100,6 +107,22 @@ def test_null_may_be_anywhere_in_a_table_and_nothing_else_changes() -> None:
 
     assert without_not_null(schema(allowed=False)) == without_not_null(schema(allowed=True)) == schema(allowed=True)
     assert without_not_null(schema(allowed=False)).fields[0].metadata == {"comment": "kept"}
+
+
+def test_a_submitted_job_in_which_rows_failed_is_no_failed_job(tmp_path: Path, monkeypatch) -> None:
+    codes = []
+
+    def submit(working_dir: str, *, address: str) -> None:
+        codes.append(run_job(f"{working_dir}/job.yaml", overrides=["engine.backend=local"]).code)
+
+    monkeypatch.setattr(table, "submit_ray_job", submit)
+    monkeypatch.setenv(ENGINE_FACTORY_VARIABLE, SCRIPTED)
+    (tmp_path / "input").mkdir()
+    pq.write_table(pa.table({"body": ["a", None]}), tmp_path / "input" / "part.parquet")
+    job = resolve_config({"prompt": {"template": "{{ body }}"}, "limits": {"max_failed_fraction": 0.5}})
+    staged = table._staged_job(job, folder=StagingFolder(str(tmp_path)), backend="ray")
+    table._run(staged, ray_job_address="http://127.0.0.1:8265")
+    assert codes == [0]
 
 
 def test_a_submitted_ray_job_runs_the_job_file_and_reports_its_failure() -> None:
