@@ -71,6 +71,12 @@ def fingerprint(fields: Mapping[str, object]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def differences(there: Mapping[str, object], here: Mapping[str, object]) -> list[str]:
+    """A line for every field that differs, by name."""
+    differing = sorted(name for name in {*there, *here} if there.get(name) != here.get(name))
+    return [f"  {name}: {there.get(name)!r} there, {here.get(name)!r} here" for name in differing]
+
+
 def atomic_write_bytes(path: Path, data: bytes) -> None:
     """Write a file so that readers see the old content or the new one, also after a crash or power cut.
 

@@ -29,7 +29,7 @@ from dspark_batch.batch.store import Store, StoredFile
 from dspark_batch.batch.swap import finish_swap, swapping_files
 from dspark_batch.errors import FingerprintMismatchError, OutputError
 from dspark_batch.job.config import OutputFormat, OutputMode
-from dspark_batch.provenance import fingerprint, versions
+from dspark_batch.provenance import differences, fingerprint, versions
 
 FINGERPRINT_FILE = "fingerprint.json"
 STALE_AFTER_S = 3600.0
@@ -291,9 +291,7 @@ class RunStore:
         if known.get("fingerprint") == fingerprint(fields):
             return
         before = known.get("fields")
-        old = before if isinstance(before, dict) else {}
-        differing = sorted(name for name in {*old, *fields} if old.get(name) != fields.get(name))
-        lines = [f"  {name}: {old.get(name)!r} there, {fields.get(name)!r} here" for name in differing]
+        lines = differences(before if isinstance(before, dict) else {}, fields)
         raise FingerprintMismatchError(
             f"{self.path} holds a run with other settings:\n"
             + "\n".join(lines)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -43,11 +43,15 @@ _PLAIN_TYPES = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stages:
-    """How far a staging folder has come. ``schema`` is the source's, as Spark's JSON."""
+    """How far a staging folder has come. ``schema`` is the source's, as Spark's JSON.
+
+    ``settings`` are those that decide the rows of the result, by dotted config name.
+    """
 
     source: str
     target: str
     schema: str
+    settings: Mapping[str, object]
     is_staged: bool = False
     is_landing: bool = False
     is_landed: bool = False

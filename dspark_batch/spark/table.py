@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Any, Literal
 from pyspark.sql.types import StructType
 
 from dspark_batch.batch.commit import RunStore
-from dspark_batch.errors import ConfigError, EngineError, OutputError, Problem
+from dspark_batch.batch.fingerprint import fingerprint_fields
+from dspark_batch.errors import ConfigError, EngineError, FingerprintMismatchError, OutputError, Problem
 from dspark_batch.job.config import ConfigLike, JobConfig
+from dspark_batch.provenance import differences
 from dspark_batch.spark.jobs import resolve_config
 from dspark_batch.spark.staging import (
     Stages,
@@ -69,7 +71,8 @@ def run_table(
 
     Raises:
         ConfigError: the config or a column's type is wrong, or ``target`` exists.
-        OutputError: ``staging`` belongs to another source or target, or the result could not be saved.
+        OutputError: ``staging`` belongs to another source or target, or was begun with another prompt, model or other
+            settings that decide the rows (FingerprintMismatchError), or the result could not be saved.
         EngineError: the job did not finish; its message says why. Calling again resumes.
     """
     frame = spark.table(source) if isinstance(source, str) else source
@@ -79,7 +82,8 @@ def run_table(
     )
     declared = output_schema(frame.schema, job)
     folder = StagingFolder(staging)
-    stages = _begin(folder, source=source, target=target, schema=frame.schema)
+    staged_job = _staged_job(job, folder=folder, backend=backend)
+    stages = _begin(folder, source=source, target=target, schema=frame.schema, job=staged_job)
     if not stages.is_landed and not stages.is_landing and if_exists == "error" and spark.catalog.tableExists(target):
         message = f"{target!r} exists already; use if_exists='overwrite', or another name"
         raise ConfigError([Problem("target", message, "argument")])
@@ -87,13 +91,20 @@ def run_table(
         return spark.table(target)
     if not stages.is_staged:
         stages = _stage(spark, frame, folder=folder, stages=stages)
-    _run(_staged_job(job, folder=folder, backend=backend), ray_job_address=ray_job_address)
+    _run(staged_job, ray_job_address=ray_job_address)
     _land(spark, folder=folder, stages=stages, declared=declared)
     return spark.table(target)
 
 
-def _begin(folder: StagingFolder, *, source: str | DataFrame, target: str, schema: StructType) -> Stages:
-    wanted = Stages(source=source if isinstance(source, str) else "DataFrame", target=target, schema=schema.json())
+def _begin(
+    folder: StagingFolder, *, source: str | DataFrame, target: str, schema: StructType, job: JobConfig
+) -> Stages:
+    wanted = Stages(
+        source=source if isinstance(source, str) else "DataFrame",
+        target=target,
+        schema=schema.json(),
+        settings=_settings(job),
+    )
     known = folder.load()
     if known is None:
         return wanted
@@ -103,7 +114,21 @@ def _begin(folder: StagingFolder, *, source: str | DataFrame, target: str, schem
             f"staging folder {folder.root} was begun with another {', '.join(different)} "
             f"(from {known.source} to {known.target}); use another staging folder"
         )
+    changed = differences(known.settings, wanted.settings)
+    if changed:
+        raise FingerprintMismatchError(
+            f"staging folder {folder.root} was begun with other settings:\n"
+            + "\n".join(changed)
+            + "\nuse another staging folder (and if_exists='overwrite' for the same target), or restore these settings"
+        )
     return known
+
+
+def _settings(job: JobConfig) -> dict[str, object]:
+    """What decides the rows. A model counts by its name, as its files may lie where only the workers see them."""
+    fields = fingerprint_fields(job, weights_fingerprint="")
+    del fields["model.weights"]
+    return {**fields, "model.target": job.model.target, "model.revision": job.model.revision}
 
 
 def _stage(spark: SparkSession, frame: DataFrame, *, folder: StagingFolder, stages: Stages) -> Stages:

@@ -8,13 +8,25 @@ from pathlib import Path
 import pytest
 
 from dspark_batch import provenance
-from dspark_batch.provenance import atomic_write_bytes, atomic_write_text, device_facts, fingerprint, versions
+from dspark_batch.provenance import (
+    atomic_write_bytes,
+    atomic_write_text,
+    device_facts,
+    differences,
+    fingerprint,
+    versions,
+)
 
 
 def test_fingerprint_ignores_key_order_and_sees_every_value() -> None:
     assert fingerprint({"a": 1, "b": [1, None]}) == fingerprint({"b": [1, None], "a": 1})
     assert fingerprint({"a": 1}) != fingerprint({"a": 2})
     assert fingerprint({"a": "1"}) != fingerprint({"a": 1})
+
+
+def test_differences_name_every_field_that_is_not_the_same() -> None:
+    lines = ["  a: 1 there, 2 here", "  c: None there, 'x' here"]
+    assert differences({"a": 1, "b": [1]}, {"a": 2, "b": [1], "c": "x"}) == lines
 
 
 def test_fingerprint_refuses_values_that_are_not_json() -> None:

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from dspark_batch.cli import run_cli
-from dspark_batch.errors import ConfigError, OutputError
+from dspark_batch.errors import ConfigError, FingerprintMismatchError, OutputError
 from dspark_batch.spark import run_table
 from dspark_batch.spark import table as table_module
 from dspark_batch.testing.counting_engine import EngineFolder
@@ -132,6 +132,11 @@ def test_an_existing_target_and_a_foreign_staging_folder_are_refused(
     generate_table(spark, target, table_job, tmp_path / "staging")
     with pytest.raises(OutputError, match="begun with another target"):
         generate_table(spark, f"{target}_other", table_job, tmp_path / "staging")
+    hotter = {**table_job, "sampling": {"temperature": 0.3, "seed": 5}}
+    with pytest.raises(FingerprintMismatchError, match=r"sampling\.seed: 0 there, 5 here"):
+        generate_table(spark, target, hotter, tmp_path / "staging")
+    limits = {"limits": {"max_failed_fraction": 0.9}, "shards": {"rows": 7}}
+    assert generate_table(spark, target, {**table_job, **limits}, tmp_path / "staging").count() == NUM_ROWS + 2
 
 
 def test_a_type_that_parquet_would_change_is_named(spark, table_job, tmp_path) -> None:

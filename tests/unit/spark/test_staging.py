@@ -11,7 +11,7 @@ import pytest
 from pyspark.sql import types as T  # noqa: N812
 
 from dspark_batch.batch.engines import ENGINE_FACTORY_VARIABLE
-from dspark_batch.errors import ConfigError, EngineError, OutputError
+from dspark_batch.errors import ConfigError, EngineError, FingerprintMismatchError, OutputError
 from dspark_batch.job.runner import run_job
 from dspark_batch.spark import table
 from dspark_batch.spark.jobs import resolve_config
@@ -25,7 +25,7 @@ from dspark_batch.spark.staging import (
 from dspark_batch.spark.table import submit_ray_job
 from dspark_batch.testing.jobs import SCRIPTED
 
-STAGES = Stages(source="a", target="b", schema="{}")
+STAGES = Stages(source="a", target="b", schema="{}", settings={"sampling.seed": 1})
 
 
 def test_what_was_done_is_remembered(tmp_path: Path) -> None:
@@ -39,6 +39,30 @@ def test_a_record_of_another_version_is_refused(tmp_path: Path) -> None:
     (tmp_path / "stages.json").write_text('{"source": "a"}')
     with pytest.raises(OutputError, match="not of this version"):
         StagingFolder(str(tmp_path)).load()
+
+
+def test_a_folder_is_refused_where_other_rows_would_come_out_and_says_which_settings_changed(tmp_path: Path) -> None:
+    folder = StagingFolder(str(tmp_path))
+    schema = T.StructType([T.StructField("body", T.StringType())])
+
+    def begin(**sections: object) -> Stages:
+        job = resolve_config({"prompt": {"template": "{{ body }}"}, **sections})
+        staged = table._staged_job(job, folder=folder, backend="spark")
+        return table._begin(folder, source="a", target="b", schema=schema, job=staged)
+
+    folder.save(replace(begin(), is_staged=True, is_landed=True))
+    assert begin(engine={"max_concurrency": 3}, input={"path": "ignored"}, output={"path": "ignored"}).is_landed
+    changed = {
+        "prompt": {"template": "Say {{ body }}"},
+        "model": {"target": "other", "revision": "r"},
+        "sampling": {"seed": 7},
+        "output": {"column": "other"},
+    }
+    with pytest.raises(FingerprintMismatchError) as error:
+        begin(**changed)
+    names = [line.split(":")[0].strip() for line in str(error.value).splitlines()[1:-1]]
+    assert names == ["model.revision", "model.target", "output.column", "prompt.template", "sampling.seed"]
+    assert "use another staging folder (and if_exists='overwrite'" in str(error.value)
 
 
 def test_spark_and_arrow_are_given_the_same_place(tmp_path: Path) -> None:
