@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol, runtime_checkable
 
-from dspark_batch.core import Request, Result
+from dspark_batch.core import Request, Result, RowError
 from dspark_batch.metrics import EngineStats
 
 
@@ -34,6 +34,15 @@ class RowEngine(Protocol):
         ...
 
     def close(self) -> None: ...
+
+
+@runtime_checkable
+class ShowingEngine(Protocol):
+    """An engine that can show a prompt as its model gets it."""
+
+    def show_prompt(self, request: Request) -> tuple[str, int] | RowError:
+        """The text with chat template and special tokens, and its number of tokens; or why the row would fail."""
+        ...
 
 
 @runtime_checkable

@@ -122,9 +122,14 @@ def mark_finished(run: RunStore, plan: Plan) -> None:
     run.write_meta(FINISHED_FILE, json.dumps({"increment": plan.increment}) + "\n")
 
 
-def _first_plan(config: JobConfig, *, run: RunStore, fields_of: FieldsOf) -> ResolvedPlan:
+def plan_input(config: JobConfig) -> Plan:
+    """The whole input, cut into shards. Raises InputError where it cannot be read."""
     found = find_input_files(config.input)
-    plan = cut_files(found, max_rows=config.shards.rows, delimiter=config.input.delimiter, filter=config.input.filter)
+    return cut_files(found, max_rows=config.shards.rows, delimiter=config.input.delimiter, filter=config.input.filter)
+
+
+def _first_plan(config: JobConfig, *, run: RunStore, fields_of: FieldsOf) -> ResolvedPlan:
+    plan = plan_input(config)
     fields = fields_of(None if config.input.incremental else plan.digest)
     run.compare(fields)
     check_target(run, config, plan_schema=plan.schema)

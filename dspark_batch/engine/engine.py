@@ -180,6 +180,14 @@ class BatchEngine:
         for _, result in self._serve(requests, None):
             yield result
 
+    def show_prompt(self, request: Request) -> tuple[str, int] | RowError:
+        """The prompt as the model gets it, special tokens included, and its number of tokens; or why it is refused."""
+        tokens = self._tokens(request)
+        if isinstance(tokens, RowError):
+            return tokens
+        text = str(tokens) if self._codec is None else self._codec.decode(tokens, skip_special_tokens=False)
+        return text, len(tokens)
+
     def check_integrity(self) -> None:
         """Assert every invariant that must hold between rounds."""
         slots = [row.slot for row in self._rows]

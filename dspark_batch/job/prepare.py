@@ -86,7 +86,7 @@ def prepare(
         fields_of=lambda digest: fingerprint_fields(written, weights_fingerprint=weights, input_digest=digest),
         retry_failed=retry_failed,
     )
-    _check_columns(config, resolved.plan)
+    check_columns(config, resolved.plan)
     return PreparedRun(
         config=config,
         store=store,
@@ -154,7 +154,8 @@ def _weights_identity(config: JobConfig, factory: str | None) -> str:
         raise ConfigError([Problem("model.target", str(error))]) from error
 
 
-def _check_columns(config: JobConfig, plan: Plan) -> None:
+def check_columns(config: JobConfig, plan: Plan) -> None:
+    """Raises ConfigError for everything in the config that does not fit the input's columns."""
     from dspark_batch.batch.reader import columns_to_read
     from dspark_batch.batch.worker import check_schema
 

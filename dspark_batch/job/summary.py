@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from dspark_batch.job.config import JobConfig
 from dspark_batch.job.drive import Ending
 from dspark_batch.job.outcome import ExitCode, Outcome, Totals
 from dspark_batch.job.prepare import PreparedRun, Remaining
@@ -14,6 +15,8 @@ from dspark_batch.job.progress import format_duration
 
 if TYPE_CHECKING:
     import pyarrow as pa
+
+    from dspark_batch.batch.shards import Plan
 
 NUM_SAMPLE_ROWS = 3
 MAX_CELL_CHARS = 100
@@ -86,10 +89,9 @@ def format_rows(table: pa.Table, *, columns: Iterable[str]) -> list[str]:
     return ["  " + " | ".join(map(_cell, names, row)) for row in rows]
 
 
-def shown_columns(run: PreparedRun) -> list[str]:
+def shown_columns(config: JobConfig, plan: Plan) -> list[str]:
     """The columns worth showing of an output row: its id, what was generated, and the error if there is one."""
-    config = run.config
-    carried = config.input.columns if config.input.columns is not None else run.plan.schema.names
+    carried = config.input.columns if config.input.columns is not None else plan.schema.names
     shown = [config.input.id] if config.input.id in carried else carried[:1]
     shown = [name for name in shown if name is not None]
     return [*shown, config.output.column, *(["token_ids"] if config.output.token_ids else []), "error"]
@@ -161,7 +163,7 @@ def _sample_rows(run: PreparedRun) -> list[str]:
 
 
 def _without_empty_error(run: PreparedRun, table: pa.Table) -> list[str]:
-    columns = shown_columns(run)
+    columns = shown_columns(run.config, run.plan)
     return columns if table.column("error").null_count < table.num_rows else columns[:-1]
 
 

@@ -101,6 +101,9 @@ class ScriptedEngine:
         self._num_emitted += len(done)
         return [(sample.ticket, self._result(sample)) for sample in done]
 
+    def show_prompt(self, request: Request) -> tuple[str, int] | RowError:
+        return prompt_text(request), len(prompt_text(request).split())
+
     def close(self) -> None:
         self.is_closed = True
 

@@ -200,7 +200,7 @@ class LetterCodec:
     def encode_chat(self, messages: Sequence[Message]) -> list[int]:
         return self.encode(" ".join(message.content for message in messages))
 
-    def decode(self, token_ids: Sequence[int]) -> str:
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         return "".join(self.alphabet[i] for i in token_ids)
 
 

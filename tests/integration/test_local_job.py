@@ -330,10 +330,33 @@ def test_retry_failed_with_samples_keeps_the_rows_together(job: Job, monkeypatch
 def test_preview_shows_prompts_and_rows_and_writes_nothing(job: Job, capsys: Capture) -> None:
     assert run_cli(["run", job.write(), "--preview", "10"]) == ExitCode.OK
     out = capsys.readouterr().out
-    assert "prompt of row r0:\n  Say text 0" in out
+    assert "prompt of row r0, 3 tokens:\n  Say text 0" in out
     assert "10 generated rows:" in out
     assert '  id="r9" | answer=' in out
     assert not job.out.exists()
+
+
+def test_preview_looks_at_no_output(job: Job, capsys: Capture) -> None:
+    run_cli(["run", job.write()])
+    before = job.parts()
+    pq.write_table(texts(["new"]), job.folder / "in.parquet")
+    for more in ([], ["output.mode=error"], ["output.mode=overwrite"], ["prompt.template=Shout {{ text }}"]):
+        capsys.readouterr()
+        assert run_cli(["run", job.write(), *more, "--preview", "2"]) == ExitCode.OK
+        assert "1 generated rows:" in capsys.readouterr().out
+    assert run_cli(["run", job.write(), "prompt.template={{ txt }}", "--preview", "2"]) == ExitCode.BAD_CONFIG
+    assert job.parts() == before
+
+
+def test_preview_shows_a_prompt_in_the_chat_template_with_its_tokens(
+    job: Job, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(ENGINE_FACTORY_VARIABLE)
+    overrides = ["prompt.system=Be brief.", "sampling.max_new_tokens=1", "speculation.drafter=none"]
+    assert run_cli(["run", job.write(), *overrides, "--preview", "1"]) == ExitCode.OK
+    shown = capsys.readouterr().out
+    assert "prompt of row r0, 21 tokens:\n  <|im_start|>system\n  Be brief.<|im_end|>\n  <|im_start|>user\n" in shown
+    assert "  Say text 0<|im_end|>\n  <|im_start|>assistant\n" in shown
 
 
 def test_dry_run_counts_rows_and_shards_and_writes_nothing(

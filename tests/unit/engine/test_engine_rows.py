@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from dspark_batch.core import ErrorCode, FinishReason, Message, Request, SamplingParams
+from dspark_batch.core import ErrorCode, FinishReason, Message, Request, RowError, SamplingParams
 from dspark_batch.engine.config import EngineConfig
 from dspark_batch.engine.engine import BatchEngine
 from dspark_batch.errors import ConfigError, EngineError
@@ -65,6 +65,15 @@ def test_a_bad_row_comes_back_with_its_reason_and_leaves_the_others_alone(
     assert bad.error.code is code
     assert "'x'" in bad.error.message
     assert (first.num_generated_tokens, last.num_generated_tokens) == (6, 6)
+
+
+def test_a_prompt_is_shown_as_the_model_gets_it() -> None:
+    with engine_of(ScriptedModel(codec=LetterCodec())) as engine:
+        assert engine.show_prompt(Request(id="a", messages=(Message("user", "hi."),))) == ("hi.", 3)
+        refused = engine.show_prompt(Request(id="a", prompt=""))
+    assert isinstance(refused, RowError)
+    with engine_of(ScriptedModel()) as engine:
+        assert engine.show_prompt(good("a")) == ("[1, 2, 3]", 3)
 
 
 def test_every_sample_of_a_bad_request_comes_back() -> None:
