@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import re
 import tomllib
 from importlib import import_module
 from pathlib import Path
@@ -9,9 +11,12 @@ from pathlib import Path
 import pytest
 
 import dspark_batch
+from dspark_batch.job.config import EngineSection, LimitsSection, SpeculationSection
 from dspark_batch.job.loader import load_config
 
 ROOT = Path(__file__).parents[1]
+SECTIONS = {"engine": EngineSection, "speculation": SpeculationSection, "limits": LimitsSection}
+CONFIG_KEY = re.compile(rf"(?<![\w./-])({'|'.join(SECTIONS)})\.([a-z_]+)\b(?![.(])")
 CONFIGS = sorted(file for file in (ROOT / "configs").rglob("*.yaml") if not file.name.startswith("train_"))
 
 
@@ -50,6 +55,15 @@ def test_every_shipped_config_loads_and_its_local_input_is_there(path: Path) -> 
     for entry in inputs:
         if "://" not in entry and entry.startswith("configs/"):
             assert list(ROOT.glob(entry)), entry
+
+
+def test_keys_that_messages_name_are_keys_of_the_config() -> None:
+    unknown = {}
+    for path in (ROOT / "dspark_batch").rglob("*.py"):
+        texts = [node.value for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant)]
+        named = {found for text in texts if isinstance(text, str) for found in CONFIG_KEY.findall(text)}
+        unknown[path.name] = sorted(key for section, key in named if key not in SECTIONS[section].model_fields)
+    assert {name: keys for name, keys in unknown.items() if keys} == {}
 
 
 def test_there_is_a_quickstart() -> None:

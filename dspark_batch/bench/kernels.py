@@ -203,7 +203,7 @@ def command(
 
     chosen = resolve_dtype(engine_config({"dtype": dtype}).dtype, torch.device("cpu"))
     if chosen not in DTYPES:
-        raise ConfigError([Problem("engine.dtype", f"the native kernels do not compute in {dtype}", "command line")])
+        raise ConfigError([Problem("model.dtype", f"the native kernels do not compute in {dtype}", "command line")])
     kernels = load_kernels()
     if kernels is None:
         raise SystemExit("the native kernels cannot be had here; the log says why")

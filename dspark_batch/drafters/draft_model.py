@@ -249,7 +249,7 @@ class _Draft:
 def _check_vocabulary(config: EngineConfig, target_size: int, draft_size: int) -> None:
     if draft_size != target_size:
         raise UnsupportedModelError(
-            f"engine.drafter_path: {config.drafter_path!r} has a vocabulary of {draft_size} tokens, target "
+            f"speculation.path: {config.drafter_path!r} has a vocabulary of {draft_size} tokens, target "
             f"{config.target!r} has {target_size}; a draft model must share the target's vocabulary"
         )
 
@@ -265,6 +265,6 @@ def _check_tokenizer(config: EngineConfig, target: TextCodec | None, draft: Text
     )
     if not same:
         raise UnsupportedModelError(
-            f"engine.drafter_path: the tokenizer of {config.drafter_path!r} ({draft.num_tokens} tokens) is not that of "
+            f"speculation.path: the tokenizer of {config.drafter_path!r} ({draft.num_tokens} tokens) is not that of "
             f"target {config.target!r} ({target.num_tokens} tokens); a draft model must share the target's tokenizer"
         )

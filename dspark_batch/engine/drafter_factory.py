@@ -51,15 +51,15 @@ def make_drafter(config: EngineConfig, target: Target, *, target_fingerprint: st
     if name == "ngram":
         return NgramDrafter(max_draft_tokens=config.max_draft_tokens or DEFAULT_DRAFT_TOKENS)
     if name in ("draft_model", "dspark", "hybrid") and path is None:
-        raise ConfigError([Problem("engine.drafter_path", f"is not set, and drafter {name!r} needs a checkpoint")])
+        raise ConfigError([Problem("speculation.path", f"is not set, and drafter {name!r} needs a checkpoint")])
     if name in ("dspark", "hybrid"):
         block = _dspark(path, target, target_fingerprint, shared_noise=config.verification == "coupled")
         if name == "dspark":
             return block
-        suffix = _load(*_DRAFTERS["suffix"], field="engine.drafter", value=name)
+        suffix = _load(*_DRAFTERS["suffix"], field="speculation.drafter", value=name)
         lookup = suffix.from_config(config, target, target_fingerprint=target_fingerprint)
         return HybridDrafter(lookup, block)
-    found = _load(*_DRAFTERS[name], field="engine.drafter", value=name)
+    found = _load(*_DRAFTERS[name], field="speculation.drafter", value=name)
     return cast(Drafter, found.from_config(config, target, target_fingerprint=target_fingerprint))
 
 
@@ -70,7 +70,7 @@ def _dspark(path: Path | None, target: Target, target_fingerprint: str, *, share
     from dspark_batch.models.runner import TargetRunner
 
     if not isinstance(target, TargetRunner):
-        raise ConfigError([Problem("engine.drafter", f"'dspark' cannot draft for a {type(target).__name__}")])
+        raise ConfigError([Problem("speculation.drafter", f"'dspark' cannot draft for a {type(target).__name__}")])
     assert path is not None, "checked by the caller"
     parts = RunnerParts(target, fingerprint=target_fingerprint)
     return DSparkDrafter.load(str(path), parts, shared_noise=shared_noise)
@@ -84,7 +84,7 @@ def make_verifier(config: EngineConfig) -> Verifier:
     """
     if config.verification == "coupled":
         return CoupledVerifier()
-    found = _load(*_VERIFIERS[config.verification], field="engine.verification", value=config.verification)
+    found = _load(*_VERIFIERS[config.verification], field="speculation.verification", value=config.verification)
     return cast(Verifier, found(rejection_uniforms))
 
 

@@ -63,14 +63,14 @@ def resolve_source(target: str, *, revision: str | None = None) -> ModelSource:
     if target not in EMBEDDED_MODELS and not folder.is_dir() and _HUB_ID.fullmatch(target):
         return ModelSource(name=target, kind="hub", path=_download(target, revision))
     if revision is not None:
-        raise ModelError(f"model {target!r}: revision {revision!r} is only for hub ids; remove engine.revision")
+        raise ModelError(f"model {target!r}: revision {revision!r} is only for hub ids; remove model.revision")
     if target in EMBEDDED_MODELS:
         return ModelSource(name=target, kind="embedded", path=_embedded_file(target))
     if not folder.is_dir():
         known = ", ".join(sorted(EMBEDDED_MODELS))
         raise ModelError(
             f"unknown model {target!r}: it is no embedded name ({known}), no folder at {folder.absolute()} and no "
-            "hub id (owner/name); check engine.target"
+            "hub id (owner/name); check model.target"
         )
     if not (folder / "config.json").is_file():
         raise ModelError(f"model folder {folder} has no config.json; give the folder of a safetensors checkpoint")

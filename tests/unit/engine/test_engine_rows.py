@@ -211,8 +211,8 @@ def test_a_closed_engine_says_so() -> None:
     ("settings", "field"),
     [
         ({"max_context": 10_000}, "engine.max_context"),
-        ({"drafter": "draft_model"}, "engine.drafter_path"),
-        ({"drafter": "dspark", "drafter_path": "somewhere"}, "engine.drafter"),
+        ({"drafter": "draft_model"}, "speculation.path"),
+        ({"drafter": "dspark", "drafter_path": "somewhere"}, "speculation.drafter"),
     ],
 )
 def test_settings_without_their_part_are_config_errors(settings: dict[str, object], field: str) -> None:

@@ -54,7 +54,7 @@ def test_a_folder_is_taken_as_it_is(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("target", ["nope", "./no/such/dir", "/no/such/dir", "a/b/c"])
 def test_an_unknown_model_says_what_was_tried(target: str) -> None:
-    with pytest.raises(ModelError, match=r"unknown model .*smollm2-135m.*engine\.target"):
+    with pytest.raises(ModelError, match=r"unknown model .*smollm2-135m.*model\.target"):
         resolve_source(target)
 
 
