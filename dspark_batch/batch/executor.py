@@ -94,11 +94,12 @@ class ShardExecutor:
         if not self._spec.retry_failed:
             return standing
         before = committed_table(standing, run=self._run)
-        rows = retryable_rows(before, num_samples=self._num_samples)
+        prefix = self._spec.config.output.prefix
+        rows = retryable_rows(before, num_samples=self._num_samples, prefix=prefix)
         if not rows:
             return standing
         again = self._generate(only_rows(self._reader.read(shard), rows))
-        merged = merge(before, again, rows=rows, num_samples=self._num_samples, entry=standing)
+        merged = merge(before, again, rows=rows, num_samples=self._num_samples, prefix=prefix, entry=standing)
         return self._run.commit(merged, replace=True)
 
     def live(self) -> LiveCounts:

@@ -33,6 +33,8 @@ def fingerprint_fields(
         "output.format": config.output.format,
         "output.table": config.output.table,
     }
+    if config.output.prefix:
+        fields["output.prefix"] = config.output.prefix
     section = config.input.model_dump(mode="json", exclude={"catalog", "version"})
     fields |= {f"input.{name}": value for name, value in section.items()}
     fields |= {f"prompt.{name}": value for name, value in config.prompt.model_dump(mode="json").items()}

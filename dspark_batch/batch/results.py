@@ -57,13 +57,13 @@ def assemble(
     flat = [result for row in rows for result in row]
     columns: list[Any] = [*carried.columns, *result_columns(flat, schema=schema)]
     table = pa.Table.from_arrays(columns, schema=schema.output)
-    stats = table_stats(table, num_samples=num_samples, num_copied_rows=num_copied_rows)
+    stats = table_stats(table, num_samples=num_samples, num_copied_rows=num_copied_rows, prefix=schema.prefix)
     return ShardResult(key=shard.key, table=table, stats=stats)
 
 
-def table_stats(table: pa.Table, *, num_samples: int, num_copied_rows: int) -> ShardStats:
+def table_stats(table: pa.Table, *, num_samples: int, num_copied_rows: int, prefix: str) -> ShardStats:
     """The totals of a finished table of ``num_samples`` rows per input row, from its columns."""
-    errors = table.column("error")
+    errors = table.column(f"{prefix}error")
     failed: dict[int, list[dict[str, Any]]] = {}
     if errors.null_count < table.num_rows:
         places = np.flatnonzero(np.asarray(errors.is_valid())).tolist()
@@ -72,7 +72,7 @@ def table_stats(table: pa.Table, *, num_samples: int, num_copied_rows: int) -> S
             failed.setdefault(place // num_samples, []).append(error)
 
     def total(name: str) -> int:
-        return pc.sum(table.column(name)).as_py() or 0
+        return pc.sum(table.column(f"{prefix}{name}")).as_py() or 0
 
     return ShardStats(
         num_rows=table.num_rows // num_samples,

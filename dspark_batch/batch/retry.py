@@ -24,9 +24,9 @@ def committed_table(entry: ManifestEntry, *, run: RunStore) -> pa.Table:
         raise OutputError(f"shard {entry.shard}: {entry.file} cannot be read: {error}") from error
 
 
-def retryable_rows(table: pa.Table, *, num_samples: int) -> list[int]:
+def retryable_rows(table: pa.Table, *, num_samples: int, prefix: str) -> list[int]:
     """Indices of the input rows of which a sample failed with a retryable error. ``num_samples`` rows per input row."""
-    flags = pc.fill_null(pc.struct_field(table.column("error"), "retryable"), False).to_pylist()
+    flags = pc.fill_null(pc.struct_field(table.column(f"{prefix}error"), "retryable"), False).to_pylist()
     return sorted({place // num_samples for place, retryable in enumerate(flags) if retryable})
 
 
@@ -36,7 +36,7 @@ def only_rows(shard: ShardInput, rows: list[int]) -> ShardInput:
 
 
 def merge(
-    before: pa.Table, again: ShardResult, *, rows: list[int], num_samples: int, entry: ManifestEntry
+    before: pa.Table, again: ShardResult, *, rows: list[int], num_samples: int, prefix: str, entry: ManifestEntry
 ) -> ShardResult:
     """The shard with ``rows`` taken from ``again`` and all others from ``before``, in the old order."""
     assert again.stats.num_rows == len(rows)
@@ -49,5 +49,5 @@ def merge(
     return ShardResult(
         key=entry.shard,
         table=table.combine_chunks(),
-        stats=table_stats(table, num_samples=num_samples, num_copied_rows=num_copied_rows),
+        stats=table_stats(table, num_samples=num_samples, num_copied_rows=num_copied_rows, prefix=prefix),
     )

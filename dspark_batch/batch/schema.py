@@ -38,10 +38,14 @@ COUNT_COLUMNS = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RowSchema:
-    """Columns of a run: those carried over from the input, the generated one, all added ones, and the whole."""
+    """Columns of a run: those carried over from the input, the generated one, all added ones, and the whole.
+
+    The names of added columns other than the generated one begin with ``prefix``.
+    """
 
     carried: tuple[str, ...]
     generated: str
+    prefix: str
     added: pa.Schema
     output: pa.Schema
 
@@ -51,7 +55,8 @@ def row_schema(config: JobConfig, *, input_schema: pa.Schema) -> RowSchema:
 
     Carried columns (``input.columns``, or all) come first, untouched; then ``sample`` (only with ``sampling.n`` > 1),
     the generated column, ``token_ids`` (only with ``output.token_ids``), ``finish_reason``, the counts, ``logprobs``
-    (only with ``sampling.logprobs``) and ``error``. The generated column is NULL in failed rows.
+    (only with ``sampling.logprobs``) and ``error``. The generated column is NULL in failed rows. ``output.prefix``
+    stands before the names of all added columns but the generated one.
 
     Raises:
         ConfigError: a carried column is missing or occurs twice, or an added column has the name of a carried one.
@@ -69,7 +74,11 @@ def row_schema(config: JobConfig, *, input_schema: pa.Schema) -> RowSchema:
         raise ConfigError(problems)
     kept = [input_schema.field(name) for name in carried]
     return RowSchema(
-        carried=carried, generated=config.output.column, added=pa.schema(added), output=pa.schema([*kept, *added])
+        carried=carried,
+        generated=config.output.column,
+        prefix=config.output.prefix,
+        added=pa.schema(added),
+        output=pa.schema([*kept, *added]),
     )
 
 
@@ -86,22 +95,26 @@ def missing_columns(field: str, names: Sequence[str], *, schema: pa.Schema) -> l
 def result_columns(results: Sequence[Result], *, schema: RowSchema) -> list[pa.Array[Any]]:
     """The added columns of the given samples, in the order of ``schema.added``; one row per result."""
     has_errors = any(result.error is not None for result in results)
-    columns = (_values(name, results, generated=schema.generated, has_errors=has_errors) for name in schema.added.names)
-    return [pa.array(values, type=kind) for values, kind in zip(columns, schema.added.types, strict=True)]
+    columns = []
+    for field in schema.added:
+        name = "text" if field.name == schema.generated else field.name.removeprefix(schema.prefix)
+        columns.append(pa.array(_values(name, results, has_errors=has_errors), type=field.type))
+    return columns
 
 
 def _added_fields(config: JobConfig) -> list[pa.Field[Any]]:
+    name_of = config.output.name_of
     fields: list[pa.Field[Any]] = []
     if config.sampling.n > 1:
-        fields.append(pa.field("sample", pa.int32()))
+        fields.append(pa.field(name_of("sample"), pa.int32()))
     fields.append(pa.field(config.output.column, pa.string()))
     if config.output.token_ids:
-        fields.append(pa.field("token_ids", pa.list_(pa.int32())))
-    fields.append(pa.field("finish_reason", pa.string()))
-    fields.extend(pa.field(name, pa.int32()) for name in COUNT_COLUMNS)
+        fields.append(pa.field(name_of("token_ids"), pa.list_(pa.int32())))
+    fields.append(pa.field(name_of("finish_reason"), pa.string()))
+    fields.extend(pa.field(name_of(name), pa.int32()) for name in COUNT_COLUMNS)
     if config.sampling.logprobs is not None:
-        fields.append(pa.field("logprobs", LOGPROBS_TYPE))
-    fields.append(pa.field("error", ERROR_TYPE))
+        fields.append(pa.field(name_of("logprobs"), LOGPROBS_TYPE))
+    fields.append(pa.field(name_of("error"), ERROR_TYPE))
     return fields
 
 
@@ -118,7 +131,8 @@ def _collisions(config: JobConfig, *, carried: Sequence[str], added: Sequence[pa
     problems += [
         Problem(
             "input.columns",
-            f"input column {name!r} has the name of a column that the run adds; leave it out of input.columns",
+            f"input column {name!r} has the name of a column that the run adds; set output.prefix, or leave it out of "
+            "input.columns",
         )
         for name in fixed
         if name in carried
@@ -126,10 +140,10 @@ def _collisions(config: JobConfig, *, carried: Sequence[str], added: Sequence[pa
     return problems
 
 
-def _values(name: str, results: Sequence[Result], *, generated: str, has_errors: bool) -> list[Any]:
+def _values(name: str, results: Sequence[Result], *, has_errors: bool) -> list[Any]:
     """One added column. Every row passes here several times, so plain attributes are taken without a Python frame."""
-    if name == generated or name == "token_ids":
-        take = attrgetter("text" if name == generated else name)
+    if name in ("text", "token_ids"):
+        take = attrgetter(name)
         if not has_errors:
             return list(map(take, results))
         return [None if result.error is not None else take(result) for result in results]

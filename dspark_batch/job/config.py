@@ -134,6 +134,7 @@ class SamplingSection(Section):
 class OutputSection(Section):
     path: str = Field(description="folder of the run: one Parquet file per shard, manifest and reports in _dspark")
     column: str = Field(default="generated", description="name of the generated column")
+    prefix: str = Field(default="", description="before the names of all other added columns")
     mode: OutputMode = "resume"
     token_ids: bool = Field(default=False, description="also write the generated token ids")
     format: OutputFormat = Field(default="parquet", description="delta: a table in path; iceberg: a table over path")
@@ -146,6 +147,10 @@ class OutputSection(Section):
         if (self.format == "iceberg") != (self.table is not None):
             raise ValueError("output.table (namespace.name) belongs to output.format iceberg, and is required there")
         return self
+
+    def name_of(self, added: str) -> str:
+        """What an added column other than the generated one is called in the output."""
+        return self.prefix + added
 
 
 class EngineSection(Section):

@@ -94,7 +94,8 @@ def shown_columns(config: JobConfig, plan: Plan) -> list[str]:
     carried = config.input.columns if config.input.columns is not None else plan.schema.names
     shown = [config.input.id] if config.input.id in carried else carried[:1]
     shown = [name for name in shown if name is not None]
-    return [*shown, config.output.column, *(["token_ids"] if config.output.token_ids else []), "error"]
+    added = ["token_ids", "error"] if config.output.token_ids else ["error"]
+    return [*shown, config.output.column, *map(config.output.name_of, added)]
 
 
 def _headline(finished: Finished) -> str:
@@ -164,7 +165,7 @@ def _sample_rows(run: PreparedRun) -> list[str]:
 
 def _without_empty_error(run: PreparedRun, table: pa.Table) -> list[str]:
     columns = shown_columns(run.config, run.plan)
-    return columns if table.column("error").null_count < table.num_rows else columns[:-1]
+    return columns if table.column(columns[-1]).null_count < table.num_rows else columns[:-1]
 
 
 def _cell(name: str, value: object) -> str:

@@ -149,11 +149,11 @@ def job_rows(path: str, codec: TextCodec | None, *, eos_token_ids: Sequence[int]
     table = read_output(job.output.path)
     ids = tuple(str(i) for i in range(table.num_rows))
     prompts = {row.id: row for row in _rendered(job, table, ids, codec, name="job")}
-    has_ids = "token_ids" in table.column_names
+    has_ids = job.output.token_ids
     if not has_ids and codec is None:
         raise InputError(f"{job.output.path} holds no token ids, and the target has no tokenizer")
-    outputs = table.column("token_ids" if has_ids else job.output.column).to_pylist()
-    reasons = table.column("finish_reason").to_pylist()
+    outputs = table.column(job.output.name_of("token_ids") if has_ids else job.output.column).to_pylist()
+    reasons = table.column(job.output.name_of("finish_reason")).to_pylist()
     rows = []
     for i, (output, reason) in enumerate(zip(outputs, reasons, strict=True)):
         prompt = prompts.get(f"job-{i}")

@@ -135,6 +135,24 @@ def test_samples_become_rows_of_their_own(job: Job) -> None:
     assert table.column("sample").to_pylist() == [0, 1, 2] * 47
 
 
+def test_the_output_of_a_job_is_the_input_of_another_with_a_prefix(
+    job: Job, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run_cli(["run", job.write()]) == ExitCode.OK
+    again = [f"input.path={job.out}", f"output.path={job.folder / 'second'}", "output.column=label"]
+    assert run_cli(["run", job.write(), *again]) == ExitCode.BAD_CONFIG
+    assert "'error' has the name of a column that the run adds; set output.prefix" in capsys.readouterr().err
+    again += ["output.prefix=label_", "limits.max_failed_fraction=0.1"]
+    monkeypatch.setenv(FAILURES_VARIABLE, "Say text 1=engine_error")
+    assert run_cli(["run", job.write(), *again]) == ExitCode.SOME_ROWS_FAILED
+    assert "engine_error" in capsys.readouterr().out.split("first rows")[1]
+    monkeypatch.delenv(FAILURES_VARIABLE)
+    assert run_cli(["run", job.write(), *again, "--retry-failed"]) == ExitCode.OK
+    table = read_output(job.folder / "second")
+    assert table.select(read_output(job.out).column_names).equals(read_output(job.out))
+    assert table["label_error"].null_count == table.num_rows == 47
+
+
 def test_jsonl_goes_in_and_parquet_comes_out(job: Job) -> None:
     lines = [json.dumps({"id": str(n), "text": f"line {n}"}) for n in range(23)]
     (job.folder / "in.jsonl").write_text("\n".join(lines))

@@ -38,6 +38,7 @@ def test_what_does_not_decide_the_output_is_not_covered_in_coupled_mode(make_con
         {"sampling": {"stop": ["x"]}},
         {"output": {"column": "other"}},
         {"output": {"token_ids": True}},
+        {"output": {"prefix": "p_"}},
         {"model": {"dtype": "float32"}},
         {"engine": {"max_context": 128}},
         {"speculation": {"verification": "token"}},

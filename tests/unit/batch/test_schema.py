@@ -54,6 +54,19 @@ def test_name_collisions_and_missing_columns_are_config_errors(make_config, sect
     assert [(problem.field, text in problem.message) for problem in caught.value.problems] == [(field, True)]
 
 
+def test_with_a_prefix_the_rows_of_a_run_can_be_the_input_of_another(make_config):
+    first = row_schema(make_config(), input_schema=INPUT).output
+    with pytest.raises(ConfigError, match=r"set output\.prefix"):
+        row_schema(make_config(output={"column": "label"}), input_schema=first)
+    section = {"column": "label", "prefix": "label_", "token_ids": True}
+    schema = row_schema(make_config(output=section, sampling={"n": 2, "logprobs": 1}), input_schema=first)
+    assert schema.added.names[:4] == ["label_sample", "label", "label_token_ids", "label_finish_reason"]
+    assert schema.added.names[-2:] == ["label_logprobs", "label_error"]
+    result = Result(id="a", sample=1, text="yes", token_ids=(3,), finish_reason=FinishReason.STOP, num_rounds=7)
+    row = pa.Table.from_arrays(result_columns([result], schema=schema), schema=schema.added).to_pylist()[0]
+    assert (row["label"], row["label_sample"], row["label_token_ids"], row["label_num_rounds"]) == ("yes", 1, [3], 7)
+
+
 def test_a_column_that_is_not_carried_may_have_the_name_of_an_added_one(make_config):
     schema = pa.schema([("id", pa.int64()), ("error", pa.string())])
     assert row_schema(make_config(input={"columns": ["id"]}), input_schema=schema).output.names.count("error") == 1

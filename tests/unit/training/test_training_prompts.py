@@ -135,13 +135,14 @@ def test_text_prompts_without_a_tokenizer_are_refused(tmp_path: Path) -> None:
         table_prompts(source, None, name="set")
 
 
+@pytest.mark.parametrize("prefix", ["", "said_"])
 @pytest.mark.parametrize("keeps_ids", [True, False])
 def test_a_finished_job_gives_its_prompts_with_its_own_responses(
-    codec: TextCodec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keeps_ids: bool
+    codec: TextCodec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keeps_ids: bool, prefix: str
 ) -> None:
     monkeypatch.setenv(ENGINE_FACTORY_VARIABLE, SCRIPTED)
     job = write_job(tmp_path, pa.table({"id": ["a", "b", "c"], "text": ["x", None, "z"]}))
-    job.config["output"]["token_ids"] = keeps_ids
+    job.config["output"] |= {"token_ids": keeps_ids, "prefix": prefix}
     job.config["limits"] = {"max_failed_fraction": 1.0}
     run_cli(["run", job.write()])
     rows = job_rows(str(job.path), codec, eos_token_ids=(257,))
