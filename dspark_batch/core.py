@@ -32,6 +32,7 @@ class ErrorCode(StrEnum):
     INVALID_SAMPLING = "invalid_sampling"
     PROMPT_TOO_LONG = "prompt_too_long"
     UNDECODABLE_TEXT = "undecodable_text"
+    CONSTRAINT_ERROR = "constraint_error"
     NON_FINITE_LOGITS = "non_finite_logits"
     ENGINE_ERROR = "engine_error"
 
@@ -48,13 +49,26 @@ class RowError:
     retryable: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class Constraint:
+    """What a generated text has to be.
+
+    source: for ``choices`` a JSON list of texts, one of which it is; a JSON schema, written without optional blanks; a
+    regular expression that matches it whole; or a Lark grammar whose ``start`` it is.
+    """
+
+    kind: Literal["choices", "json_schema", "regex", "grammar"]
+    source: str
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
     """How tokens are drawn from the target's distribution.
 
-    The order of the steps is fixed: repetition penalty, temperature, top-k, top-p, min-p, then one draw by keyed Gumbel
-    noise. ``temperature=0`` is greedy and ignores top-k, top-p and min-p. The draw is a function of (target logits,
-    ``seed``, request id, sample index, position) and of nothing else.
+    The order of the steps is fixed: repetition penalty, constraint, temperature, top-k, top-p, min-p, then one draw by
+    keyed Gumbel noise. ``temperature=0`` is greedy and ignores top-k, top-p and min-p. The draw is a function of
+    (target logits, ``seed``, request id, sample index, position) and of nothing else. A text under a constraint ends as
+    soon as it is complete and nothing may follow.
 
     Raises:
         ValueError: a value is out of range; the message names the field and the value.
@@ -72,6 +86,7 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     logprobs: int | None = None
+    constraint: Constraint | None = None
 
     def __post_init__(self) -> None:
         checks: tuple[tuple[str, bool, str], ...] = (
@@ -94,6 +109,7 @@ class SamplingParams:
                 self.logprobs is None or 0 <= self.logprobs <= MAX_LOGPROBS,
                 f"must lie in [0, {MAX_LOGPROBS}], or None",
             ),
+            ("ignore_eos", not (self.ignore_eos and self.constraint), "must be false where the text is constrained"),
         )
         for name, ok, rule in checks:
             if not ok:
@@ -142,7 +158,8 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprobs:
-    """Log-probabilities of the target at one emitted position (natural log, after penalties and temperature 1).
+    """Log-probabilities of the target at one emitted position (natural log, temperature 1, after penalties and among
+    the tokens that a constraint allows).
 
     ``top_token_ids`` and ``top_logprobs`` hold the k best tokens, best first.
     """

@@ -12,6 +12,7 @@ from dspark_batch.drafters.base import DraftRow
 from dspark_batch.engine.prefixes import PrefixPool, PrefixUse
 from dspark_batch.engine.state import RowState, TokenLog
 from dspark_batch.engine.text import Codec, StopStrings
+from dspark_batch.sampling.constraints import Constraints
 from dspark_batch.sampling.noise import noise_key
 from dspark_batch.tensors import Target
 
@@ -73,6 +74,7 @@ class Admission:
         *,
         codec: Codec | None,
         eos_token_ids: frozenset[int],
+        constraints: Constraints,
         prefixes: PrefixPool | None,
         max_context: int,
         order: QueueOrder = "fifo",
@@ -80,6 +82,7 @@ class Admission:
         self._target = target
         self._codec = codec
         self._eos_token_ids = eos_token_ids
+        self._constraints = constraints
         self._prefixes = prefixes
         self._max_context = max_context
         self._order = order
@@ -171,4 +174,5 @@ class Admission:
             prefix=use,
             seen=TokenLog(token_ids) if sampling.repetition_penalty != 1.0 else None,
             stop_strings=stop_strings,
+            matcher=self._constraints.begin(sampling.constraint) if sampling.constraint is not None else None,
         )

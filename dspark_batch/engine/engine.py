@@ -19,6 +19,7 @@ from dspark_batch.engine.step import StepRunner
 from dspark_batch.engine.text import Codec, prompt_tokens
 from dspark_batch.errors import ConfigError, EngineError, Problem
 from dspark_batch.metrics import EngineStats
+from dspark_batch.sampling.constraints import Constraints
 from dspark_batch.scheduling.policies import LengthPolicy
 from dspark_batch.tensors import Target
 
@@ -72,10 +73,13 @@ class BatchEngine:
             concurrency = AUTO_CONCURRENCY[target.device.type]
         self._max_concurrency = min(concurrency, config.max_step_tokens)
         self._prefixes = PrefixPool(target.kv) if config.share_prefixes else None
+        eos_token_ids = frozenset(loaded.eos_token_ids)
+        self._constraints = Constraints(self._codec, vocab_size=target.vocab_size, eos_token_ids=eos_token_ids)
         self._admission = Admission(
             target,
             codec=self._codec,
-            eos_token_ids=frozenset(loaded.eos_token_ids),
+            eos_token_ids=eos_token_ids,
+            constraints=self._constraints,
             prefixes=self._prefixes,
             max_context=self._max_context,
             order=order,
@@ -224,6 +228,11 @@ class BatchEngine:
                 code=ErrorCode.UNDECODABLE_TEXT,
                 message=f"request {request.id!r} has stop strings, but the target has no tokenizer; use stop_token_ids",
             )
+        if request.sampling.constraint is not None:
+            try:
+                self._constraints.begin(request.sampling.constraint)
+            except ValueError as error:
+                return RowError(code=ErrorCode.INVALID_SAMPLING, message=f"request {request.id!r}: {error}")
         tokens = prompt_tokens(request, self._codec)
         if isinstance(tokens, RowError):
             return tokens

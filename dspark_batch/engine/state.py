@@ -12,6 +12,7 @@ from dspark_batch.core import FinishReason, Request, Result, RowError, SamplingP
 from dspark_batch.drafters.base import DraftRow
 from dspark_batch.engine.prefixes import PrefixUse
 from dspark_batch.engine.text import Codec, StopStrings
+from dspark_batch.sampling.constraints import Matcher
 
 
 class TokenLog:
@@ -38,7 +39,7 @@ class RowState:
 
     token_ids: prompt and committed output. kv_len: positions whose KV is written and valid. While the row decodes,
     ``kv_len == len(token_ids) - 1``: only the anchor's KV is missing. prefix: the shared prompt prefix that the slot
-    reads, if any; the row waits until it is computed.
+    reads, if any; the row waits until it is computed. matcher: of the constraint on its text, if any.
     """
 
     ticket: int
@@ -54,6 +55,7 @@ class RowState:
     prefix: PrefixUse | None = None
     seen: TokenLog | None = None
     stop_strings: StopStrings | None = None
+    matcher: Matcher | None = None
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     num_rounds: int = 0
     num_drafted: int = 0
@@ -76,6 +78,11 @@ class RowState:
         return len(self.token_ids) - self.prompt_len
 
     @property
+    def num_left(self) -> int:
+        """Tokens that it may still emit."""
+        return self.max_new_tokens - self.num_output
+
+    @property
     def is_waiting(self) -> bool:
         """Whether the shared prefix that this row reads is still being computed."""
         return self.prefix is not None and not self.prefix.is_ready
@@ -90,9 +97,22 @@ class RowState:
         elif self.stop_strings is not None and (text := self.stop_strings.push(token_id)) is not None:
             self.text_before_stop = text
             self.finish_reason = FinishReason.STOP
+        elif self.matcher is not None and self.matcher.commit(token_id):
+            self.finish_reason = FinishReason.STOP
         elif self.num_output >= self.max_new_tokens:
             self.finish_reason = FinishReason.LENGTH
         return self.finish_reason is not None
+
+    def commit_ending(self) -> list[int]:
+        """Append what is left of a constrained text that can only end in one way: it needs no forward. Gives the
+        tokens."""
+        if self.matcher is None or self.sampling.logprobs is not None:
+            return []
+        ending = self.matcher.ending(self.num_left)
+        for number, token_id in enumerate(ending, start=1):
+            if self.commit(token_id):
+                return ending[:number]
+        return []
 
     def result(self, codec: Codec | None) -> Result:
         """The sample's result, once it has finished or failed."""

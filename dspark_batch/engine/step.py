@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dspark_batch.core import ErrorCode, RowError
 from dspark_batch.drafters.base import Committed, Drafter
+from dspark_batch.engine.constrained import forced_drafts, with_forced, within_constraints
 from dspark_batch.engine.prefixes import Prefix
 from dspark_batch.engine.state import RowState
 from dspark_batch.metrics import StepRecord
@@ -84,9 +85,13 @@ class StepRunner:
         filling = [row for row in rows if not row.num_output]
         num_pending = sum(p.num_pending for p in prefixes) + sum(row.num_pending for row in filling)
         num_drafted_before = sum(row.num_drafted for row in decoding)
-        load = self._load(decoding, num_pending=num_pending, num_queued=num_queued)
+        limits = self._limits(decoding, num_pending=num_pending)
+        forced = forced_drafts(decoding, limits)
+        for row, must in zip(decoding, forced, strict=True):
+            row.num_drafted += len(must)
+        load = self._load(decoding, limits, forced, num_pending=num_pending, num_queued=num_queued)
         block, num_planned, draft_s = self._draft(decoding, load)
-        parts, token_ids = self._lay_out(decoding, block, [*prefixes, *filling])
+        parts, token_ids = self._lay_out(decoding, with_forced(block, forced), [*prefixes, *filling])
         if not parts:
             return StepRecord(num_queued=num_queued, host_s=perf_counter() - started)
 
@@ -99,10 +104,10 @@ class StepRunner:
         num_verify = sum(len(p.draft) + 1 for p in parts[: len(decoding)])
         if decoding:
             outcome = RoundOutcome(
-                num_verified=[len(p.draft) for p in parts[: len(decoding)]],
-                num_accepted=tally.accepted[: len(decoding)],
+                num_verified=[0 if must else len(p.draft) for must, p in zip(forced, parts, strict=False)],
+                num_accepted=[0 if must else num for must, num in zip(forced, tally.accepted, strict=False)],
                 num_step_tokens=len(token_ids),
-                num_prefill_tokens=len(token_ids) - num_verify,
+                num_prefill_tokens=len(token_ids) - num_verify + sum(map(len, forced)),
                 draft_s=draft_s,
                 step_s=commit_until - started - draft_s,
                 emitted=tally.emitted[: len(decoding)],
@@ -130,20 +135,33 @@ class StepRunner:
         logger.debug("%s", record)
         return record
 
-    def _load(self, rows: Sequence[RowState], *, num_pending: int, num_queued: int) -> RoundLoad:
+    def _limits(self, rows: Sequence[RowState], *, num_pending: int) -> list[int]:
+        """[R] the longest draft of each row."""
         spare = self._max_step_tokens - len(rows)
         assert spare >= 0, "more rows than max_step_tokens"
         share = (spare // 2 if num_pending else spare) // max(1, len(rows))
         # The anchor's own prediction is always emitted, so a draft is one shorter than what is left.
-        num_left = [row.max_new_tokens - row.num_output for row in rows]
-        limits = [min(share, left - 1) for left in num_left]
+        return [min(share, row.num_left - 1) for row in rows]
+
+    def _load(
+        self,
+        rows: Sequence[RowState],
+        limits: Sequence[int],
+        forced: Sequence[Sequence[int]],
+        *,
+        num_pending: int,
+        num_queued: int,
+    ) -> RoundLoad:
+        """The round as the policy sees it: tokens that have to come are computed like those of a prompt."""
+        num_forced = sum(map(len, forced))
+        spare = self._max_step_tokens - len(rows) - num_forced
         return RoundLoad(
             handles=[row.draft_row.handle for row in rows],
-            limits=limits,
-            num_prefill_tokens=min(num_pending, spare),
+            limits=[0 if must else limit for must, limit in zip(forced, limits, strict=True)],
+            num_prefill_tokens=min(num_pending, spare) + num_forced,
             num_queued=num_queued,
             context_tokens=sum(row.kv_len for row in rows) / max(1, len(rows)),
-            num_left=num_left,
+            num_left=[row.num_left for row in rows],
         )
 
     def _draft(self, rows: Sequence[RowState], load: RoundLoad) -> tuple[DraftBlock, int, float]:
@@ -156,6 +174,7 @@ class StepRunner:
             return nothing, 0, 0.0
         started = perf_counter()
         block = self._drafter.propose([row.draft_row for row in rows], lengths)
+        block = within_constraints(rows, block, may_cut_sampled=not self._verifier.needs_draft_probs)
         draft_s = perf_counter() - started
         plan = self._policy.verify_plan(load, block)
         for row, tokens, limit, length in zip(rows, block.token_ids, lengths, plan.verify_len, strict=True):
@@ -242,6 +261,7 @@ class StepRunner:
                     len(row.token_ids),
                     part.draft,
                     row.seen.view() if row.seen is not None else None,
+                    row.matcher.masks(part.draft) if row.matcher is not None else None,
                 )
                 for row, part in zip(rows, parts, strict=True)
             ],
@@ -262,7 +282,10 @@ class StepRunner:
         wanted: list[tuple[RowState, int, list[int]]] = []
         for row, part, accepted, after in zip(rows, parts, verdict.num_accepted, verdict.next_token, strict=True):
             emitted: list[int] = []
-            if all(finite[flat : flat + accepted + 1]):
+            if row.matcher is not None and row.matcher.error is not None:
+                row.error = _constraint_error(row, row.matcher.error)
+                tally.num_finished += 1
+            elif all(finite[flat : flat + accepted + 1]):
                 emitted = _commit(row, [*part.draft[:accepted], after], accepted, tally)
                 if row.sampling.logprobs is not None:
                     wanted.append((row, flat, emitted))
@@ -290,7 +313,8 @@ class StepRunner:
             if owner.error is not None:
                 continue
             if part.wants_logits:
-                owner.kv_len = len(owner.token_ids) - 1
+                # A constrained text may have ended with tokens that no forward has seen.
+                owner.kv_len = min(len(owner.token_ids) - 1, start + part.num_tokens)
             else:
                 owner.kv_len += part.num_tokens
             assert start < owner.kv_len <= start + part.num_tokens, "a round commits between 1 and all of its tokens"
@@ -318,7 +342,13 @@ def _is_plain_greedy(part: _Part) -> bool:
     if not isinstance(part.owner, RowState):
         return False
     sampling = part.owner.sampling
-    return sampling.is_greedy and sampling.repetition_penalty == 1.0 and sampling.logprobs is None
+    is_pure = sampling.repetition_penalty == 1.0 and sampling.constraint is None
+    return sampling.is_greedy and is_pure and sampling.logprobs is None
+
+
+def _constraint_error(row: RowState, why: str) -> RowError:
+    message = f"{row.request.id!r}: after {row.num_output} tokens the constraint cannot be followed: {why}"
+    return RowError(code=ErrorCode.CONSTRAINT_ERROR, message=message)
 
 
 def _verify_row(row: RowState, part: _Part) -> VerifyRow:
@@ -343,8 +373,11 @@ def _commit(row: RowState, tokens: list[int], num_accepted: int, tally: _Tally) 
     for token in tokens:
         num_emitted += 1
         if row.commit(token):
-            tally.num_finished += 1
             break
+    else:
+        tokens = [*tokens, *row.commit_ending()]
+        num_emitted = len(tokens)
+    tally.num_finished += row.finish_reason is not None
     num_accepted = min(num_accepted, num_emitted)
     row.num_accepted += num_accepted
     tally.num_accepted_tokens += num_accepted

@@ -44,6 +44,14 @@ class TextCodec:
         """Size of the tokenizer's vocabulary, special tokens included."""
         return len(self._tokenizer)
 
+    def tokenizer_json(self) -> str | None:
+        """The tokenizer as ``tokenizer.json`` holds it; None for those that are not of this kind."""
+        backend = getattr(self._tokenizer, "backend_tokenizer", None)
+        if backend is None:
+            return None
+        text: str = backend.to_str()
+        return text
+
     def encode(self, text: str) -> list[int]:
         """Token ids of a raw prompt, with the special tokens that the tokenizer adds to one."""
         ids: list[int] = self._tokenizer.encode(text)

@@ -20,7 +20,8 @@ from dspark_batch.tensors import FastDraws
 class SampledRow:
     """One row's run of flat positions: position j predicts the row's token ``start + j``, given ``draft[:j]``.
 
-    seen: [S] int64, the row's committed tokens (doubles allowed); needed only with a repetition penalty.
+    seen: [S] int64, the row's committed tokens (doubles allowed); needed only with a repetition penalty. masks:
+    [len(draft) + 1, W] bits by token id, set for what a constraint allows; None: everything.
     """
 
     sampling: SamplingParams
@@ -28,6 +29,7 @@ class SampledRow:
     start: int
     draft: Sequence[int]
     seen: NDArray[np.int64] | None = None
+    masks: NDArray[np.int32] | None = None
 
 
 class GreedyDraws:
@@ -50,8 +52,8 @@ class GreedyDraws:
 class PositionBatch:
     """Target logits of N flat positions of R rows, row after row, each with len(row.draft) + 1 of them.
 
-    Takes ``logits`` [N, V] float32 over: the repetition penalty is applied in place. ``fast``: kernels that draw the
-    same tokens.
+    Takes ``logits`` [N, V] float32 over: penalties and constraints are applied in place. ``fast``: kernels that draw
+    the same tokens.
     """
 
     def __init__(self, logits: Tensor, rows: Sequence[SampledRow], *, fast: FastDraws | None = None) -> None:
@@ -61,6 +63,7 @@ class PositionBatch:
         self._row_of = [r for r, row in enumerate(rows) for _ in range(len(row.draft) + 1)]
         assert len(self._row_of) == logits.shape[0], "one row of logits for each position"
         self._penalise()
+        self._constrain()
         self._best = logits.argmax(-1) if fast is None else fast.argmax(logits)[0]
         best_logit = logits.gather(1, self._best.clamp(min=0).unsqueeze(-1)).squeeze(-1)
         self._finite: list[bool] = (best_logit.isfinite() & (self._best >= 0)).tolist()
@@ -121,7 +124,7 @@ class PositionBatch:
         return out
 
     def logprobs(self, positions: Sequence[int], token_ids: Sequence[int], num_top: int) -> list[TokenLogprobs]:
-        """Log-probabilities (after penalties, temperature 1) of emitted tokens at their flat positions."""
+        """Log-probabilities (after penalties and constraints, temperature 1) of emitted tokens, by flat position."""
         logprobs = self.logits[self._index(positions)].log_softmax(-1)
         chosen = logprobs.gather(1, self._index(token_ids).unsqueeze(-1)).squeeze(-1).tolist()
         top = logprobs.topk(min(num_top, logprobs.shape[1]), dim=-1)
@@ -148,6 +151,16 @@ class PositionBatch:
             flat += len(row.draft) + 1
         if positions:
             penalise_(self.logits, positions, seen, penalties)
+
+    def _constrain(self) -> None:
+        flat = 0
+        for row in self.rows:
+            count = len(row.draft) + 1
+            if row.masks is not None:
+                bits = np.unpackbits(row.masks.view(np.uint8), axis=1, count=self.logits.shape[1], bitorder="little")
+                forbidden = torch.from_numpy(bits == 0).to(self.logits.device)
+                self.logits[flat : flat + count].masked_fill_(forbidden, -torch.inf)
+            flat += count
 
     def _split(self) -> tuple[list[int], list[int]]:
         """Flat positions drawn over the whole vocabulary, and over a limited support; the rest is greedy."""

@@ -189,10 +189,24 @@ def _hash(token_ids: Sequence[int]) -> int:
 
 
 class LetterCodec:
-    """Token i is a letter or, from 26 on, a digit, a sign or a blank; chats are joined by newlines."""
+    """Token i is a letter or, from 26 on, a digit, a sign or a blank; chats are joined by newlines. num_tokens: as far
+    as the vocabulary goes."""
 
     alphabet = "abcdefghijklmnopqrstuvwxyz .,;:!?0123456789"
     has_chat_template = True
+
+    def __init__(self, num_tokens: int | None = None) -> None:
+        self._num_tokens = num_tokens
+
+    def tokenizer_json(self) -> str | None:
+        from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+        letters = self.alphabet[: self._num_tokens].replace(" ", "Ġ")
+        tokenizer = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(letters)}, merges=[]))
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        text: str = tokenizer.to_str()
+        return text
 
     def encode(self, text: str) -> list[int]:
         return [self.alphabet.index(letter) for letter in text]

@@ -1,12 +1,14 @@
 """The output of a row is a function of the row: not of drafter, draft length, batch, order or chunking."""
 
+import json
 import random
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dspark_batch.core import Request, Result, SamplingParams
+from dspark_batch.core import Constraint, Request, Result, SamplingParams
 from dspark_batch.drafters.base import Drafter
 from dspark_batch.drafters.ngram import NgramDrafter
 from dspark_batch.drafters.none import NoDrafter
@@ -19,8 +21,23 @@ from dspark_batch.testing.scripted_target import LetterCodec, ScriptedModel, Scr
 
 VOCAB = 32
 
+
+def with_constraint(words: set[str], kind: str, ignore_eos: bool, **fields: Any) -> SamplingParams:
+    if not words:
+        return SamplingParams(ignore_eos=ignore_eos, **fields)
+    ordered = sorted(words)
+    sources = {
+        "choices": json.dumps(ordered),
+        "regex": "|".join(ordered),
+        "grammar": "start: " + " | ".join(f'"{word}"' for word in ordered),
+    }
+    return SamplingParams(constraint=Constraint(kind, sources[kind]), **fields)  # type: ignore[arg-type]
+
+
 samplings = st.builds(
-    SamplingParams,
+    with_constraint,
+    words=st.just(set()) | st.sets(st.text("abcdel", min_size=1, max_size=6), max_size=5),
+    kind=st.sampled_from(["choices", "regex", "grammar"]),
     max_new_tokens=st.sampled_from([1, 2, 5, 13, 29]),
     temperature=st.sampled_from([0.0, 0.0, 0.6, 1.5]),
     top_p=st.sampled_from([1.0, 0.9]),
@@ -46,7 +63,7 @@ workloads = st.lists(st.tuples(prompts, samplings), min_size=1, max_size=9).map(
 
 def scripted(num_kv_tokens: int = 4096) -> ScriptedModel:
     target = ScriptedTarget(vocab_size=VOCAB, max_context=64, num_kv_tokens=num_kv_tokens, contrast=6.0)
-    return ScriptedModel(target=target, codec=LetterCodec(), eos_token_ids=frozenset({5}))
+    return ScriptedModel(target=target, codec=LetterCodec(VOCAB), eos_token_ids=frozenset({5}))
 
 
 def expected_results(requests: list[Request]) -> dict[tuple[str, int], tuple[tuple[int, ...], str]]:

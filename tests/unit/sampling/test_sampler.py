@@ -22,16 +22,28 @@ PARAMS = [
 
 def random_rows(seed: int, num_rows: int, vocab_size: int) -> list[SampledRow]:
     generator = np.random.default_rng(seed)
-    return [
-        SampledRow(
+    rows = []
+    for _ in range(num_rows):
+        draft = generator.integers(0, vocab_size, int(generator.integers(0, 5))).tolist()
+        words = generator.integers(-(2**31), 2**31, (len(draft) + 1, (vocab_size + 31) // 32), np.int32)
+        row = SampledRow(
             sampling=PARAMS[int(generator.integers(len(PARAMS)))],
             noise_key=int(generator.integers(-(2**62), 2**62)),
             start=int(generator.integers(0, 1000)),
-            draft=generator.integers(0, vocab_size, int(generator.integers(0, 5))).tolist(),
+            draft=draft,
             seen=generator.integers(0, vocab_size, int(generator.integers(1, 9))),
+            masks=words if generator.integers(2) else None,
         )
-        for _ in range(num_rows)
-    ]
+        rows.append(row)
+    return rows
+
+
+def allowed(row: SampledRow, logits: list[float], j: int) -> list[float]:
+    """The logits at position j with what its mask forbids at -inf."""
+    if row.masks is None:
+        return logits
+    words = row.masks[j].tolist()
+    return [x if words[i // 32] >> i % 32 & 1 else -math.inf for i, x in enumerate(logits)]
 
 
 @given(seed=st.integers(0, 10**6), num_rows=st.sampled_from([1, 3, 7]), vocab_size=st.sampled_from([11, 501]))
@@ -47,7 +59,7 @@ def test_ragged_rows_with_parameters_of_their_own_draw_what_the_oracle_draws(
     for row in rows:
         for j in range(len(row.draft) + 1):
             expected = reference.draw(
-                logits[flat].tolist(),
+                allowed(row, logits[flat].tolist(), j),
                 row.sampling,
                 noise_key=row.noise_key,
                 position=row.start + j,
