@@ -70,7 +70,7 @@ class InputSection(Section):
     format: InputFormat | None = Field(default=None, description="null: from the file names")
     id: str | None = Field(default=None, description="column that identifies a row; null: file and row index")
     columns: list[str] | None = Field(default=None, description="columns to carry over; null: all")
-    filter: str | None = Field(default=None, description="a pyarrow dataset expression in Python syntax")
+    filter: str | None = Field(default=None, description="which rows to take: comparisons in Python syntax")
     version: int | None = Field(default=None, description="Delta version or Iceberg snapshot; null: the newest")
     catalog: dict[str, str] | None = Field(default=None, description="properties of the Iceberg catalog; null: its own")
     delimiter: str = Field(default=",", min_length=1, max_length=1, description="between CSV fields; a tab in .tsv")

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from dspark_batch.core import Constraint
 from dspark_batch.errors import ConfigError, Problem
 from dspark_batch.job.config import JobConfig
 from dspark_batch.job.loader import COMMAND_LINE, absolute_paths, dump_config, load_config
@@ -67,6 +68,36 @@ def test_overrides_are_yaml_and_win_over_the_file(tmp_path: Path) -> None:
     config = load_config(path, overrides=["sampling.seed=7", "sampling.top_k=null", "sampling.stop=[a, b]"])
     assert (config.sampling.seed, config.sampling.top_k, config.sampling.stop) == (7, None, ["a", "b"])
     assert config.sampling.temperature == 0.5
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        ("choices=[]", "at least one text"),
+        ("choices=[a, '']", "no empty one"),
+        ("regex='(a'", "unclosed group"),
+        ("grammar='start: word'", "unknown name"),
+        ("json_schema={type: nonsense}", "Invalid type: nonsense"),
+    ],
+)
+def test_a_constraint_that_cannot_be_followed_is_refused(tmp_path: Path, value: str, said: str) -> None:
+    problems = problems_of(write(tmp_path, MINIMAL), f"sampling.{value}")
+    assert any(said in problem.message for problem in problems.values())
+
+
+def test_one_constraint_at_most_and_none_that_never_ends(tmp_path: Path) -> None:
+    two = problems_of(write(tmp_path, MINIMAL), "sampling.regex=a", "sampling.choices=[a]")
+    assert "at most one of sampling.choices, sampling.regex" in two["sampling"].message
+    endless = problems_of(write(tmp_path, MINIMAL), "sampling.regex=a", "sampling.ignore_eos=true")
+    assert any("must be false where the text is constrained" in problem.message for problem in endless.values())
+
+
+def test_a_section_without_a_constraint_reads_as_before_there_were_any(tmp_path: Path) -> None:
+    free = load_config(write(tmp_path, MINIMAL)).sampling
+    assert "choices" not in free.model_dump()
+    bound = load_config(write(tmp_path, MINIMAL), overrides=["sampling.choices=[a, b]"]).sampling
+    assert bound.model_dump(mode="json")["choices"] == ["a", "b"]
+    assert bound.to_params().constraint == Constraint("choices", '["a", "b"]')
 
 
 def test_an_override_may_hold_an_equals_sign(tmp_path: Path) -> None:
