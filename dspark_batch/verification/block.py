@@ -46,7 +46,10 @@ def _prefix_ratio(p: Tensor, q: Tensor) -> Tensor:
 
 
 def _fill_sampled_mass(mass: Tensor, slots: Slots, before: Tensor, target_probs: Tensor, draft_probs: Tensor) -> None:
-    """Overwrite Z_i where the draft has a distribution; one-hot rows have the closed form P_i (1 - p(x))."""
+    """Overwrite Z_i where the draft has a distribution; one-hot rows have the closed form P_i (1 - p(x)).
+
+    A distribution that is NaN ends the draft before it: Z_i = P_i gives the slot before it the threshold of a last one.
+    """
     sampled = slots.used & (slots.draft_row >= 0).unsqueeze(1)
     offsets = torch.arange(mass.shape[1], device=mass.device)
     p_rows = (slots.target_row.unsqueeze(1) + offsets)[sampled]
@@ -57,7 +60,7 @@ def _fill_sampled_mass(mass: Tensor, slots: Slots, before: Tensor, target_probs:
         part = slice(first, first + step)
         excess = target_probs[p_rows[part]].mul_(ratio[part]).sub_(draft_probs[part])
         sums[part] = excess.clamp_min_(0.0).sum(1, keepdim=True)
-    mass[sampled] = sums.squeeze(1).double()
+    mass[sampled] = torch.where(sums.isnan(), ratio, sums).squeeze(1).double()
 
 
 def verify_block_slots(

@@ -70,17 +70,21 @@ def make_slots(token_ids: Sequence[Sequence[int]], one_hot: Sequence[bool], devi
 
 
 def token_probs(slots: Slots, target_probs: Tensor, draft_probs: Tensor | None) -> tuple[Tensor, Tensor]:
-    """p_k(x_k) and q_k(x_k), both [R, K] float64; q is 1 in one-hot rows, both are 1 in padding."""
+    """p_k(x_k) and q_k(x_k), both [R, K] float64; q is 1 in one-hot rows, both are 1 in padding.
+
+    Where a distribution is NaN or could not have given the token, they are such that the token is rejected.
+    """
     offsets = torch.arange(slots.token_ids.shape[1], device=slots.num_slots.device)
     used = slots.used
     p = torch.ones(used.shape, dtype=torch.float64, device=used.device)
     q = p.clone()
     rows = (slots.target_row.unsqueeze(1) + offsets)[used]
-    p[used] = target_probs[rows, slots.token_ids[used]].double()
+    p[used] = target_probs[rows, slots.token_ids[used]].double().nan_to_num_(0.0)
     if draft_probs is not None:
         sampled = used & (slots.draft_row >= 0).unsqueeze(1)
         rows = (slots.draft_row.unsqueeze(1) + offsets)[sampled]
-        q[sampled] = draft_probs[rows, slots.token_ids[sampled]].double()
+        found = draft_probs[rows, slots.token_ids[sampled]].double()
+        q[sampled] = torch.where(found > 0, found, torch.inf)
     return p, q
 
 
@@ -90,7 +94,7 @@ def residual_weights(
     """The unnormalised law of the token after ``num_accepted`` [R] drafts, [R, V] in the dtype of ``target_probs``.
 
     weight: [R] factor of p. After a row's last slot it is p itself. Where the residual of a sampled draft vanished in
-    rounding it is p too; that of a one-hot draft vanishes only where the draft cannot be rejected.
+    rounding or is NaN it is p too; that of a one-hot draft vanishes only where the draft cannot be rejected.
     """
     at = slots.target_row + num_accepted
     out = target_probs[at]
@@ -101,7 +105,7 @@ def residual_weights(
         sampled = (rejected & (slots.draft_row >= 0)).nonzero().squeeze(1)
         left = out[sampled].mul_(weight[sampled].to(out.dtype).unsqueeze(1))
         left.sub_(draft_probs[slots.draft_row[sampled] + num_accepted[sampled]]).clamp_min_(0.0)
-        vanished = (left.amax(1) <= 0).nonzero().squeeze(1)
+        vanished = (~(left.amax(1) > 0)).nonzero().squeeze(1)
         left[vanished] = target_probs[at[sampled[vanished]]]
         out[sampled] = left
     return out

@@ -72,6 +72,7 @@ class DraftSampler:
         device: torch.device,
     ) -> None:
         self._margins: list[Tensor] = []
+        self._finite: list[Tensor] = []
         self._rows, self._vocabulary, self._shared_noise = rows, vocabulary, shared_noise
         self._num_slots, self._device = num_slots, device
         self._keys = self._index([row.noise_key for row in rows])
@@ -98,6 +99,7 @@ class DraftSampler:
         self._penalise(logits)
         best, margin = best_and_margin(logits)
         self._margins.append(margin)
+        self._finite.append(logits.gather(1, best.unsqueeze(-1)).squeeze(-1).isfinite())
         if self._uniforms is not None:
             columns = self._draw_kept(logits, self._uniforms[:, slot])
         else:
@@ -121,6 +123,11 @@ class DraftSampler:
             None if row.sampling.is_greedy else self._vocabulary.spread(kept[r, : num_tokens[r]])
             for r, row in enumerate(self._rows)
         ]
+
+    def num_finite(self) -> list[int]:
+        """Per row, the slots before the first whose logits allow no draw (NaN, +inf, or nothing above -inf)."""
+        found: list[int] = torch.stack(self._finite, dim=1).int().cumprod(1).sum(1).tolist()
+        return found
 
     def margins(self) -> list[list[float]]:
         """Per row, the lead of every slot's best score, as ``DraftBlock.margin`` says.

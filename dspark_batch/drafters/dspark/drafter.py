@@ -162,6 +162,7 @@ class DSparkDrafter:
         )
         anchors = torch.tensor([row.token_ids[-1] for row in rows]).to(self._parts.device)
         drafted = self.model.draft(hidden, anchors, sampler.draw)
+        lengths = [min(pair) for pair in zip(lengths, sampler.num_finite(), strict=True)]
         confidence = drafted.confidence_logits
         out.add(
             index,
@@ -195,7 +196,7 @@ class _Collector:
         for i, (r, length) in enumerate(zip(index, lengths, strict=True)):
             self._token_ids[r] = token_ids[i][:length]
             if probs is not None:
-                self._probs[r] = probs[i]
+                self._probs[r] = probs[i] if length else None
                 self._has_probs = True
             if self._confidence is not None and confidence is not None:
                 self._confidence[r] = confidence[i][:length]

@@ -142,6 +142,33 @@ def test_a_residual_lost_to_rounding_falls_back_to_the_target(mode: str) -> None
     assert (verdict.num_accepted, verdict.next_token) == ([0], [2])
 
 
+@pytest.mark.parametrize("mode", VERIFIERS)
+@pytest.mark.parametrize("is_target", [False, True])
+def test_a_distribution_that_is_not_finite_ends_the_draft_before_it(mode: str, is_target: bool) -> None:
+    """As if the draft had been cut there, which is exact: no token's fate hangs on the token itself."""
+    verifier = VERIFIERS[mode][0](rejection_uniforms)
+    rng = torch.Generator().manual_seed(8)
+    outcomes = set()
+    for index in range(60):
+        logits = 2 * torch.randn(6, 13, generator=rng)
+        p, q = logits.softmax(-1), (logits + 0.5 * torch.randn(6, 13, generator=rng))[:5].softmax(-1)
+        draft = torch.multinomial(q, 1, generator=rng).squeeze(1).tolist()
+        first = index % 5
+        bad_p, bad_q = p.clone(), q.clone()
+        bad = bad_p if is_target else bad_q
+        bad[first:] = torch.nan
+        if index % 2:
+            # What a limited support without a score leaves, and the draw from it.
+            bad[first, 1:], draft[first] = 0.0, 12
+        verdict = verifier.verify([make_row(index, draft, bad_q)], Target(bad_p))
+        cut = verifier.verify([make_row(index, draft[:first], q[:first])], Target(p[: first + 1]))
+        assert verdict.num_accepted == cut.num_accepted
+        if not is_target or cut.num_accepted[0] < first:
+            assert verdict.next_token == cut.next_token
+        outcomes.add(cut.num_accepted[0])
+    assert {0, 1, 2, 3} <= outcomes
+
+
 def test_long_products_of_small_ratios_neither_vanish_nor_overflow() -> None:
     # 60 slots at ratio 1e-12 and then 60 at 1e12: P stays tiny, then climbs back to exactly 1.
     length = 120

@@ -84,6 +84,34 @@ def test_without_shared_noise_sampled_rows_come_with_their_distributions(draft_v
         assert all(probs[k, token] > 0 for k, token in enumerate(ids))
 
 
+@pytest.mark.parametrize("shared_noise", [True, False])
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_a_draft_ends_before_the_first_slot_that_is_not_finite(
+    shared_noise: bool, temperature: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, broken = make_drafter(shared_noise=shared_noise), make_drafter(shared_noise=shared_noise)
+    expected = whole.propose(rows_in(whole, temperature=temperature), [5, 5, 2, 5, 5])
+    logits_of = broken.model.logits
+
+    def logits(hidden: Tensor) -> Tensor:
+        found = logits_of(hidden).view(5, 5, -1)
+        found[0, 3] = torch.nan
+        found[1, 0, 7] = torch.inf
+        found[2, 4] = torch.nan
+        found[3, 2] = -torch.inf
+        return found.flatten(0, 1)
+
+    monkeypatch.setattr(broken.model, "logits", logits)
+    got = broken.propose(rows_in(broken, temperature=temperature), [5, 5, 2, 5, 5])
+    lengths = [3, 0, 2, 2, 5]
+    for name in ("token_ids", "confidence", "margin"):
+        assert getattr(got, name) == [of_row[:n] for of_row, n in zip(getattr(expected, name), lengths, strict=True)]
+    assert (got.probs is None) == (expected.probs is None)
+    for probs, n in zip(got.probs or (), lengths, strict=False):
+        assert (probs is None) == (n == 0 or temperature == 0)
+        assert probs is None or (probs.shape[0] == n and probs.isfinite().all())
+
+
 def test_parts_of_a_round_that_is_too_large_at_once_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = make_drafter(config={"markov": "rnn"}, shared_noise=False)
     expected = whole.propose(rows_in(whole, temperature=1.0), [5, 4, 0, 5, 2])
