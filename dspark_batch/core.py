@@ -11,6 +11,10 @@ MAX_LOGPROBS = 64
 """Largest number of alternatives that ``SamplingParams.logprobs`` may ask for."""
 
 
+MIN_TEMPERATURE = 1e-6
+"""Least temperature above 0: logits divided by it are still far from the largest float32."""
+
+
 class FinishReason(StrEnum):
     """Why a sample ended."""
 
@@ -91,7 +95,11 @@ class SamplingParams:
     def __post_init__(self) -> None:
         checks: tuple[tuple[str, bool, str], ...] = (
             ("max_new_tokens", self.max_new_tokens >= 1, "must be at least 1"),
-            ("temperature", _finite(self.temperature) and self.temperature >= 0, "must be finite and at least 0"),
+            (
+                "temperature",
+                self.is_greedy or (_finite(self.temperature) and self.temperature >= MIN_TEMPERATURE),
+                f"must be 0 (greedy) or finite and at least {MIN_TEMPERATURE:g}",
+            ),
             ("top_p", 0 < self.top_p <= 1, "must lie in (0, 1]"),
             ("top_k", self.top_k is None or self.top_k >= 1, "must be at least 1, or None for no limit"),
             ("min_p", self.min_p is None or 0 <= self.min_p <= 1, "must lie in [0, 1], or None"),

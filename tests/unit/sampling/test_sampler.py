@@ -1,4 +1,5 @@
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -82,6 +83,16 @@ def test_a_draw_does_not_depend_on_the_rest_of_the_batch(sampling: SamplingParam
     noise = torch.randn(num_before + num_after, vocab_size, generator=generator)
     together = torch.cat((noise[:num_before], own, noise[num_before:]))
     assert PositionBatch(together, [*others[:4], row, *others[4:]]).draw()[num_before : num_before + 3] == alone
+
+
+@pytest.mark.parametrize("cuts", [{}, {"top_k": 5}, {"top_p": 0.9}])
+def test_every_temperature_that_is_taken_keeps_scores_finite(cuts: dict[str, Any]) -> None:
+    logits = 1e4 * torch.randn(4, 301, generator=torch.Generator().manual_seed(2))
+    batch = PositionBatch(logits.clone(), [SampledRow(SamplingParams(temperature=1e-6, **cuts), 9, 5, (1, 2, 3))])
+    assert batch.draw() == logits.argmax(-1).tolist()
+    assert torch.equal(batch.probs(), torch.nn.functional.one_hot(logits.argmax(-1), 301).float())
+    with pytest.raises(ValueError, match=r"sampling\.temperature .* at least 1e-06, got 1e-38"):
+        SamplingParams(temperature=1e-38, **cuts)
 
 
 def test_the_sampled_law_with_cuts_passes_a_chi_square_test() -> None:
