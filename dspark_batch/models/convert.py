@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from dspark_batch.errors import ModelError
-from dspark_batch.models.sources import ModelSource, cache_dir, weights_fingerprint
+from dspark_batch.models.locks import exclusive
+from dspark_batch.models.sources import CACHE_VARIABLE, ModelSource, cache_dir, weights_fingerprint
 
 _FORMAT = 1
 """Raised when the converted folder's contents change, so that old conversions are not used."""
@@ -34,23 +32,15 @@ def materialise(source: ModelSource) -> Path:
         return folder
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with _exclusive(folder.with_suffix(".lock")):
+        with exclusive(folder.with_suffix(".lock")):
             if not folder.is_dir():
                 _convert(source.path, folder)
     except OSError as error:
         raise ModelError(
             f"the embedded model {source.name!r} could not be converted into {folder}: {error}; set "
-            "DSPARK_BATCH_CACHE to a writable folder with 1 GiB free"
+            f"{CACHE_VARIABLE} to a writable folder with 1 GiB free"
         ) from error
     return folder
-
-
-@contextmanager
-def _exclusive(lock_file: Path) -> Iterator[None]:
-    """Held by one process at a time; the system releases it when its holder dies."""
-    with lock_file.open("a") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
 
 
 def _convert(gguf: Path, folder: Path) -> None:
@@ -60,9 +50,18 @@ def _convert(gguf: Path, folder: Path) -> None:
         staging.chmod(0o755)
         for file in staging.iterdir():
             file.chmod(0o644)
-        os.rename(staging, folder)
+        _publish(staging, folder)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def _publish(staging: Path, folder: Path) -> None:
+    try:
+        os.rename(staging, folder)
+    except OSError:
+        # Where nothing can be locked, another process may have been first.
+        if not folder.is_dir():
+            raise
 
 
 def _write_safetensors(gguf: Path, folder: Path) -> None:

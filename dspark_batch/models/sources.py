@@ -15,6 +15,7 @@ from typing import Literal
 
 from dspark_batch.errors import ModelError
 
+CACHE_VARIABLE = "DSPARK_BATCH_CACHE"
 HUB_FILE_PATTERNS = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model", "*.txt")
 """What is fetched from a hub repository: no pickled weights and no code."""
 
@@ -47,8 +48,8 @@ class ModelSource:
 
 
 def cache_dir() -> Path:
-    """The folder of converted models and hashes: ``$DSPARK_BATCH_CACHE``, else ``~/.cache/dspark-batch``."""
-    configured = os.environ.get("DSPARK_BATCH_CACHE")
+    """The folder of all that is kept between runs: ``$DSPARK_BATCH_CACHE``, else ``~/.cache/dspark-batch``."""
+    configured = os.environ.get(CACHE_VARIABLE)
     return Path(configured).expanduser() if configured else Path.home() / ".cache" / "dspark-batch"
 
 

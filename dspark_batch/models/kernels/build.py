@@ -7,7 +7,6 @@ of spinning threads to the same cores.
 from __future__ import annotations
 
 import ctypes
-import fcntl
 import hashlib
 import logging
 import os
@@ -18,9 +17,11 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from dspark_batch.models.locks import exclusive
+from dspark_batch.models.sources import CACHE_VARIABLE, cache_dir
+
 logger = logging.getLogger(__name__)
 
-CACHE_VARIABLE = "DSPARK_BATCH_CACHE"
 SWITCH_VARIABLE = "DSPARK_BATCH_KERNELS"
 _SOURCE_DIR = Path(__file__).parent
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-fopenmp", "-Wno-psabi")
@@ -30,12 +31,6 @@ _COMPILE_TIMEOUT_S = 300
 
 class BuildError(Exception):
     """The kernels cannot be built here; the message says why."""
-
-
-def cache_dir() -> Path:
-    """``DSPARK_BATCH_CACHE``, else ``~/.cache/dspark-batch``."""
-    given = os.environ.get(CACHE_VARIABLE)
-    return Path(given) if given else Path.home() / ".cache" / "dspark-batch"
 
 
 def build(*, extra_flags: Sequence[str] = (), directory: Path | None = None) -> Path:
@@ -53,8 +48,7 @@ def build(*, extra_flags: Sequence[str] = (), directory: Path | None = None) -> 
         return target
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with open(target.parent / ".lock", "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with exclusive(target.parent / ".lock"):
             if not target.exists():
                 _compile(compiler, flags, target)
     except OSError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import multiprocessing
 import os
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 
 from dspark_batch.errors import ModelError
-from dspark_batch.models import convert, sources
+from dspark_batch.models import convert, locks, sources
 from dspark_batch.models.sources import ModelSource, cache_dir, resolve_source, weights_fingerprint
 
 
@@ -154,6 +155,25 @@ def test_several_processes_convert_once(tmp_path: Path) -> None:
     assert len(folders) == 1
     assert len((tmp_path / "conversions.txt").read_text().splitlines()) == 1
     assert sorted(p.name for p in Path(folders.pop()).iterdir()) == ["config.json", "model.safetensors"]
+
+
+@pytest.mark.parametrize("code", [errno.ENOSYS, errno.ENOLCK])
+def test_without_locks_the_first_conversion_stands(code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = _fake_source(tmp_path)
+
+    def refuse(*_: object) -> None:
+        raise OSError(code, "no locks")
+
+    def write_second(gguf: Path, folder: Path) -> None:
+        monkeypatch.setattr(convert, "_write_safetensors", _fake_write)
+        (convert.materialise(source) / "first").touch()
+        _fake_write(gguf, folder)
+
+    monkeypatch.setattr(locks.fcntl, "flock", refuse)
+    monkeypatch.setattr(convert, "_write_safetensors", write_second)
+    folder = convert.materialise(source)
+    assert (folder / "first").exists()
+    assert [p for p in folder.parent.iterdir() if p.is_dir()] == [folder]
 
 
 def test_a_failed_conversion_leaves_nothing_and_can_be_tried_again(

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import errno
 import logging
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from dspark_batch.models import locks, sources
 from dspark_batch.models.kernels import build as building
 from dspark_batch.models.kernels.library import Kernels, load_kernels
 
@@ -42,8 +44,24 @@ def test_a_failed_compile_is_a_build_error_with_the_compilers_words(tmp_path: Pa
 
 def test_an_unwritable_cache_names_the_variable_to_set(tmp_path: Path) -> None:
     (tmp_path / "kernels").write_text("a file where the folder should be")
-    with pytest.raises(building.BuildError, match=building.CACHE_VARIABLE):
+    with pytest.raises(building.BuildError, match=sources.CACHE_VARIABLE):
         building.build(directory=tmp_path)
+
+
+def test_a_file_system_without_locks_takes_the_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOSYS, "not implemented")
+
+    monkeypatch.setattr(locks.fcntl, "flock", refuse)
+    monkeypatch.setattr(building, "_compile", lambda _compiler, _flags, target: target.write_bytes(b"library"))
+    assert building.build(directory=tmp_path).read_bytes() == b"library"
+
+
+def test_the_library_lies_in_the_cache_folder_of_all(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv(sources.CACHE_VARIABLE, "~/kept")
+    monkeypatch.setattr(building, "_compile", lambda _compiler, _flags, target: target.write_bytes(b"library"))
+    assert building.build().parent == tmp_path / "kept" / "kernels"
 
 
 def test_a_damaged_library_is_a_build_error(tmp_path: Path) -> None:
