@@ -66,7 +66,7 @@ def cost_key(target: TargetRunner, drafter: Drafter, config: EngineConfig, *, ta
     is_cuda = target.device.type == "cuda"
     built = [f"{name} {known.get(name, 'unknown')}" for name in _VERSIONS]
     if not is_cuda:
-        # The library's name is a digest of its sources, its compiler and the CPU's features.
+        # The library's name is a digest of its sources, its compiler and the CPU's features, among others.
         kernels = load_kernels()
         built.append(f"kernels {kernels.path.stem if kernels is not None else 'off'}")
     return CostKey(

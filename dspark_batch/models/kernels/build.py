@@ -36,33 +36,50 @@ class BuildError(Exception):
 def build(*, extra_flags: Sequence[str] = (), directory: Path | None = None) -> Path:
     """Path of the compiled library; compiles it where the cache lacks it.
 
-    The key covers sources, flags, compiler and CPU features. Concurrent processes wait for one another.
+    Its name covers sources, flags, CPU features, OpenMP runtime and compiler. A machine without a compiler takes what
+    another of its kind left in the cache, the newest where compilers differ. Concurrent processes wait for one another.
 
     Raises:
-        BuildError: no compiler, no loaded OpenMP runtime, a failed compile, or an unwritable cache.
+        BuildError: no compiler and no library, no loaded OpenMP runtime, a failed compile, or an unwritable cache.
     """
-    compiler = find_compiler()
+    compiler, runtime = find_compiler(), loaded_openmp()
     flags = (*_FLAGS, *extra_flags)
-    target = (directory or cache_dir()) / "kernels" / f"{_key(compiler, flags)}.so"
-    if target.exists():
-        return target
+    folder = (directory or cache_dir()) / "kernels"
+    key = _digest(
+        _source_bytes(), " ".join(flags).encode(), platform.machine().encode(), _cpu_flags(), runtime.name.encode()
+    )
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with exclusive(target.parent / ".lock"):
+        if compiler is None:
+            return _newest(folder, key)
+        target = folder / f"{key}-{_digest(_version(compiler))}.so"
+        if target.exists():
+            return target
+        folder.mkdir(parents=True, exist_ok=True)
+        with exclusive(folder / ".lock"):
             if not target.exists():
                 _compile(compiler, flags, target)
     except OSError as error:
-        raise BuildError(f"the kernel cache {target.parent} cannot be used: {error}; set {CACHE_VARIABLE}") from error
+        raise BuildError(f"the kernel cache {folder} cannot be used: {error}; set {CACHE_VARIABLE}") from error
     return target
 
 
-def find_compiler() -> str:
-    """``$CXX``, else g++, clang++ or c++ of the PATH. Raises BuildError where there is none."""
+def find_compiler() -> str | None:
+    """``$CXX``, else g++, clang++ or c++ of the PATH."""
     for name in (os.environ.get("CXX"), "g++", "clang++", "c++"):
         found = shutil.which(name) if name else None
         if found:
             return found
-    raise BuildError("no C++ compiler: neither $CXX nor g++, clang++ or c++ on the PATH")
+    return None
+
+
+def _newest(folder: Path, key: str) -> Path:
+    found = sorted(folder.glob(f"{key}-*.so"), key=lambda path: path.stat().st_mtime)
+    if not found:
+        raise BuildError(
+            "no C++ compiler: neither $CXX nor g++, clang++ or c++ on the PATH; and no machine of this kind has "
+            f"compiled them into {folder}"
+        )
+    return found[-1]
 
 
 def _compile(compiler: str, flags: Sequence[str], target: Path) -> None:
@@ -106,17 +123,19 @@ def _mapped_files() -> list[Path]:
     return [Path(name) for name in sorted(names)]
 
 
-def _key(compiler: str, flags: Sequence[str]) -> str:
-    digest = hashlib.sha256()
-    for source in sorted(_SOURCE_DIR.glob("*.[ch]pp")):
-        digest.update(source.read_bytes())
+def _digest(*parts: bytes) -> str:
+    return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
+
+
+def _source_bytes() -> bytes:
+    return b"".join(source.read_bytes() for source in sorted(_SOURCE_DIR.glob("*.[ch]pp")))
+
+
+def _version(compiler: str) -> bytes:
     try:
-        version = subprocess.run([compiler, "--version"], capture_output=True, check=False, timeout=60).stdout
+        return subprocess.run([compiler, "--version"], capture_output=True, check=False, timeout=60).stdout
     except (OSError, subprocess.TimeoutExpired) as error:
         raise BuildError(f"{compiler} --version failed: {error}") from error
-    for part in (version, " ".join(flags).encode(), platform.machine().encode(), _cpu_flags()):
-        digest.update(part + b"\0")
-    return digest.hexdigest()[:24]
 
 
 def _cpu_flags() -> bytes:
