@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dspark_batch.models.kernels.decoder import NativeLayer, NativeLayers, NativeShape
-from dspark_batch.models.kernels.library import Kernels, supports
+from dspark_batch.models.kernels.library import Kernels, why_unsupported
 from dspark_batch.models.kernels.packed import PackedLinear
 from dspark_batch.tensors import BlockWeights
 
@@ -50,7 +50,7 @@ def native_blocks(kernels: Kernels, weights: BlockWeights) -> NativeBlocks | Non
     """None where the kernels do not know the dtype or a width."""
     norm, gate = weights.tensors["norm.weight"], weights.tensors["layers.0.mlp.gate_proj.weight"]
     widths = (*gate.shape, weights.num_heads * weights.head_dim)
-    if not supports(dtype=norm.dtype, device=norm.device, widths=widths, head_dim=weights.head_dim):
+    if why_unsupported(dtype=norm.dtype, device=norm.device, widths=widths, head_dim=weights.head_dim):
         return None
     return NativeBlocks(kernels, weights)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 
 import torch
@@ -12,12 +13,14 @@ from dspark_batch.models.attention.native import native_rows
 from dspark_batch.models.families import DecoderSpec
 from dspark_batch.models.kernels.argmax import ProductArgmax
 from dspark_batch.models.kernels.decoder import NativeLayer, NativeLayers, NativeShape
-from dspark_batch.models.kernels.library import Kernels, load_kernels, supports
+from dspark_batch.models.kernels.library import FALLBACK_COST, Kernels, load_kernels, why_unsupported
 from dspark_batch.models.kernels.packed import PackedLinear
 from dspark_batch.models.kv_cache import KVCache
 from dspark_batch.models.rope import RopeTable
 from dspark_batch.models.weights import DecoderWeights
 from dspark_batch.tensors import ForwardBatch, ForwardOutput
+
+logger = logging.getLogger(__name__)
 
 
 class NativeDraws:
@@ -97,7 +100,11 @@ def native_decoder(spec: DecoderSpec, *, weights: DecoderWeights, kv: KVCache, r
     """None where the kernels cannot be had or do not know the device, the dtype or a width of the model."""
     q_width = spec.num_heads * spec.head_dim
     widths = (spec.hidden_size, spec.intermediate_size, q_width)
-    if not supports(dtype=kv.k.dtype, device=kv.k.device, widths=widths, head_dim=spec.head_dim):
+    device = kv.k.device
+    reason = why_unsupported(dtype=kv.k.dtype, device=device, widths=widths, head_dim=spec.head_dim)
+    if reason is not None:
+        if device.type == "cpu":
+            logger.warning("native kernels do not run this model, torch does (%s): %s", FALLBACK_COST, reason)
         return None
     kernels = load_kernels()
     if kernels is None:

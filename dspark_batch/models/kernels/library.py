@@ -24,6 +24,7 @@ KERNEL_LANES = 16
 """Widths are multiples of it."""
 
 MAX_HEAD_DIM = 256
+FALLBACK_COST = "slower, and in low precision near ties between tokens may fall by the batch"
 
 _P, _I, _L, _F = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
 _SIGNATURES: dict[str, tuple[type | None, tuple[type, ...]]] = {
@@ -233,14 +234,16 @@ def attend(
     )
 
 
-def supports(*, dtype: torch.dtype, device: torch.device, widths: Sequence[int], head_dim: int) -> bool:
-    """Whether the kernels can run a model: its dtype, its device and the widths of its rows."""
-    return (
-        dtype in DTYPES
-        and device.type == "cpu"
-        and head_dim <= MAX_HEAD_DIM
-        and all(width % KERNEL_LANES == 0 for width in (*widths, head_dim))
-    )
+def why_unsupported(*, dtype: torch.dtype, device: torch.device, widths: Sequence[int], head_dim: int) -> str | None:
+    """Why the kernels cannot run a model of this dtype, device and row widths; None where they can."""
+    if device.type != "cpu":
+        return f"they run on the CPU, not on {device.type}"
+    if dtype not in DTYPES:
+        return f"they compute in bfloat16 or float32, not in {str(dtype).removeprefix('torch.')}"
+    if head_dim > MAX_HEAD_DIM:
+        return f"its head width {head_dim} is above {MAX_HEAD_DIM}"
+    uneven = [width for width in (head_dim, *widths) if width % KERNEL_LANES]
+    return f"its width {uneven[0]} is no multiple of {KERNEL_LANES}" if uneven else None
 
 
 @cache
@@ -251,7 +254,7 @@ def load_kernels() -> Kernels | None:
     try:
         return Kernels(build())
     except BuildError as error:
-        logger.warning("native kernels are off, torch and numpy do their work (slower): %s", error)
+        logger.warning("native kernels are off, torch and numpy do their work (%s): %s", FALLBACK_COST, error)
         return None
 
 

@@ -138,6 +138,20 @@ def test_context_and_pool_follow_the_config(folder: Path) -> None:
     assert (target.device, target.dtype) == (CPU, torch.float32)
 
 
+@pytest.mark.parametrize(
+    ("heads", "dtype", "reason"),
+    [(6, "float32", "width 8 is no multiple of 16"), (3, "float16", "not in float16"), (3, "float32", None)],
+)
+def test_a_model_that_the_native_kernels_do_not_run_is_told_why(
+    heads: int, dtype: str, reason: str | None, checkpoint: Callable[..., Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = checkpoint("llama", num_attention_heads=heads, num_key_value_heads=1)
+    load_tiny(folder, dtype=dtype)
+    told = [record.getMessage() for record in caplog.records if "do not run this model" in record.getMessage()]
+    assert len(told) == (reason is not None)
+    assert all(str(reason) in message and "slower" in message and "near ties" in message for message in told)
+
+
 def test_a_pool_without_room_is_refused(folder: Path) -> None:
     config = EngineConfig(target=str(folder), device="cpu", kv_cache_gib=1e-9)
     with pytest.raises(ModelError, match=r"kv_cache_gib = 1e-09 leaves room for 0 tokens"):
