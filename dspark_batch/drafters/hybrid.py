@@ -142,11 +142,13 @@ class HybridDrafter:
         return _expected_length([self._chance(row)] * min(limit, self._model.max_draft_tokens))
 
     def _judge(self, row: DraftRow) -> None:
-        """Learn from the row's latest draft, as far as the tokens committed since tell."""
+        """Learn from the row's latest draft, as far as the tokens committed since tell; a prompt's tell nothing."""
         latest = self._latest.pop(row.handle, None)
         if latest is None:
             return
         promised = self._promised.pop(row.handle)
+        if latest.start < row.prompt_len:
+            return
         committed = row.token_ids[latest.start : latest.start + len(latest.token_ids)]
         pairs = zip(latest.token_ids, committed, strict=False)
         num_held = next((k for k, (drafted, token) in enumerate(pairs) if drafted != token), len(committed))

@@ -174,7 +174,8 @@ class _DraftTimer:
 
     def _row(self, token_ids: Sequence[int]) -> DraftRow:
         sampling = SamplingParams(max_new_tokens=self._drafter.max_draft_tokens + 2, ignore_eos=True)
-        return DraftRow(next(self._handles), 0, sampling, token_ids, len(token_ids))
+        # The token that is still to come is made up too: as part of the prompt it judges no draft.
+        return DraftRow(next(self._handles), 0, sampling, token_ids, len(token_ids) + 1)
 
     def _observe(self, rows: Sequence[DraftRow], start: int) -> None:
         """All tokens but the last have their KV; the rows are of one length."""

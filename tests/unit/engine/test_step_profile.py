@@ -5,9 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from dspark_batch.core import Request, SamplingParams
+from dspark_batch.drafters.base import Committed, DraftRow
 from dspark_batch.drafters.dspark.drafter import DSparkDrafter
+from dspark_batch.drafters.hybrid import HybridDrafter
 from dspark_batch.drafters.none import NoDrafter
 from dspark_batch.drafters.suffix import SuffixDrafter
 from dspark_batch.engine import step_profile
@@ -93,3 +96,24 @@ def test_a_drafter_with_a_forward_is_timed_and_left_as_it_was(tiny: LoadedTarget
     assert {(d.num_rows, d.num_tokens) for d in table.drafts} == {(rows, gamma) for rows in (1, 4)}
     drafter.check_integrity()
     assert drafter.cache.num_rows == 0
+
+
+def test_measuring_teaches_a_drafter_nothing(tiny: LoadedTarget) -> None:
+    """The tokens that follow a timed draft are nobody's choice."""
+    spec = tiny.target.spec
+    config = tiny_drafter_config(vocab_size=spec.vocab_size, hidden_size=spec.hidden_size, has_confidence=False)
+    fresh, measured = (
+        HybridDrafter(SuffixDrafter(), DSparkDrafter(random_drafter(config), RunnerParts(tiny.target, fingerprint="t")))
+        for _ in range(2)
+    )
+    assert measure_table(tiny.target, measured, most_rows=4, max_step_tokens=64, budget_s=0.1) is not None
+    tokens = [10, 20, 30, 40]
+    features = torch.zeros(3, len(fresh.taps) * spec.hidden_size)
+    drafts = []
+    for drafter in (fresh, measured):
+        row = DraftRow(0, 0, SamplingParams(max_new_tokens=20), tokens, 3)
+        drafter.add(row)
+        drafter.observe([Committed(row, 0, 3, 0)], features)
+        drafts.append(drafter.propose([row], [4]))
+    assert drafts[0].token_ids[0]
+    assert drafts[0].confidence == drafts[1].confidence
