@@ -11,6 +11,11 @@ from dspark_batch.errors import ModelError
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 _INCOMPLETE = "�"
+_MOST_OPEN = 3
+"""So many replacement characters at the end of a text may still become a character, whose fourth byte is missing."""
+
+_MOST_UNSETTLED = 12
+"""After so many tokens what precedes that end is settled: they reach further back than it, at three bytes for each."""
 
 
 class TextCodec:
@@ -93,16 +98,16 @@ class TextCodec:
 class IncrementalDecoder:
     """Text of a growing list of tokens at a cost per token that does not grow with the list.
 
-    Only the tokens since the last settled point are decoded again, together with a few before it (a tokenizer may
-    write a leading space differently at the start of a text). Text that ends inside a multi-byte character is held
-    back until the character is complete.
+    Only a window of tokens is decoded: those since the last settled point, and those that were settled there (a
+    tokenizer may write a leading space differently at the start of a text). Text that ends inside a multi-byte
+    character is held back until the character is complete, or cannot be any more.
     """
 
     def __init__(self, codec: TextCodec) -> None:
         self._codec = codec
-        self._ids: list[int] = []
-        self._context = 0
-        self._settled = 0
+        self._window: list[int] = []
+        self._num_new = 0
+        self._num_shown = 0
         self._text = ""
 
     @property
@@ -110,27 +115,39 @@ class IncrementalDecoder:
         """The text so far that later tokens cannot change."""
         return self._text
 
-    @property
-    def token_ids(self) -> Sequence[int]:
-        return self._ids
-
     def append(self, token_ids: Sequence[int]) -> str:
         """Add tokens; returns the text that became stable by them (maybe empty)."""
         before = len(self._text)
         for token_id in token_ids:
-            self._ids.append(token_id)
-            self._settle(final=False)
+            self._push(token_id)
         return self._text[before:]
 
     def finish(self) -> str:
         """The whole text, with replacement characters where the last character is incomplete."""
-        self._settle(final=True)
+        self._show(self._codec.decode(self._window), num_open=0)
         return self._text
 
-    def _settle(self, *, final: bool) -> None:
-        known = self._codec.decode(self._ids[self._context : self._settled])
-        text = self._codec.decode(self._ids[self._context :])
-        if len(text) <= len(known) or (text.endswith(_INCOMPLETE) and not final):
-            return
-        self._text += text[len(known) :]
-        self._context, self._settled = self._settled, len(self._ids)
+    def _push(self, token_id: int) -> None:
+        self._window.append(token_id)
+        self._num_new += 1
+        text = self._codec.decode(self._window)
+        num_open = len(text[-_MOST_OPEN:]) - len(text[-_MOST_OPEN:].rstrip(_INCOMPLETE))
+        if num_open or len(text) <= self._num_shown:
+            if self._is_skipped(token_id):
+                self._window.pop()
+                self._num_new -= 1
+                return
+            if self._num_new < _MOST_UNSETTLED:
+                return
+        self._show(text, num_open=num_open)
+
+    def _show(self, text: str, *, num_open: int) -> None:
+        """Settle ``text``, that of the window, but for its last ``num_open`` characters; the window shrinks."""
+        self._text += text[self._num_shown : len(text) - num_open]
+        self._window = self._window[len(self._window) - self._num_new :]
+        self._num_shown = len(self._codec.decode(self._window)) - num_open
+        self._num_new = 0
+
+    def _is_skipped(self, token_id: int) -> bool:
+        """Whether decoding leaves the token out. A space alone is left out too where a text begins, but not three."""
+        return not self._codec.decode([token_id] * 3)

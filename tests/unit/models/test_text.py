@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast
 
 from dspark_batch.core import Message
 from dspark_batch.errors import ModelError
@@ -92,3 +94,59 @@ def test_special_tokens_add_no_text(codec: TextCodec) -> None:
     decoder = IncrementalDecoder(codec)
     assert decoder.append([*codec.encode("a"), 257, *codec.encode("b"), 257]) == "ab"
     assert decoder.finish() == "ab"
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.one_of(st.integers(0, 258), st.sampled_from(["🙂", "é", "�", " a"])), max_size=60))
+def test_incremental_text_of_any_tokens_equals_the_text_decoded_at_once(
+    codec: TextCodec, parts: list[int | str]
+) -> None:
+    ids = [i for part in parts for i in (codec.encode(part) if isinstance(part, str) else [part])]
+    decoder, shown = IncrementalDecoder(codec), ""
+    for end in range(1, len(ids) + 1):
+        shown += decoder.append([ids[end - 1]])
+        assert codec.decode(ids[:end]).startswith(shown)
+    assert decoder.finish() == codec.decode(ids)
+
+
+@pytest.mark.parametrize("text", [b"<|end|>", b"\x99", b"\xf0\x9f\x99", "�".encode(), b"\xf0<|end|><|end|>"])
+def test_tokens_that_show_nothing_cost_the_same_however_many_there_are(
+    codec: TextCodec, text: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    token_of_byte = dict(zip("🙂�".encode(), codec.encode("🙂�"), strict=True))
+    pieces = text.split(b"<|end|>")
+    ids = [i for piece in pieces for i in (*(token_of_byte[byte] for byte in piece), 257)][:-1]
+    costs: list[int] = []
+    decode = codec.decode
+
+    def counted(token_ids: Sequence[int]) -> str:
+        costs.append(len(token_ids))
+        return decode(token_ids)
+
+    monkeypatch.setattr(codec, "decode", counted)
+    decoder = IncrementalDecoder(codec)
+    for _ in range(100):
+        decoder.append(ids)
+    assert max(costs) <= 24
+    assert len(costs) <= 3 * 100 * len(ids)
+    assert decoder.finish() == decode(ids * 100)
+
+
+def test_bytes_that_stand_for_themselves_and_leading_spaces_come_out_right() -> None:
+    """Vocabularies with byte tokens: an unfinished run of them is all replacement characters."""
+    vocab = {f"<0x{i:02X}>": i for i in range(256)} | {"▁": 256, "▁a": 257, "b": 258, "<|end|>": 259}
+    tokenizer = Tokenizer(models.BPE(vocab, [], byte_fallback=True))
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    tokenizer.decoder = decoders.Sequence(steps)
+    tokenizer.add_special_tokens(["<|end|>"])
+    codec = TextCodec(PreTrainedTokenizerFast(tokenizer_object=tokenizer))
+    for ids in (
+        [256, 257, *"🙂é".encode(), 258, 257],
+        [259, 256, 259, 259, 256, 257],
+        [257, *(b"\xff" * 40), 258, *"🙂".encode(), 257],
+        [258, 259, 257, 256, 256, 258],
+    ):
+        decoder = IncrementalDecoder(codec)
+        for i in ids:
+            decoder.append([i])
+        assert decoder.finish() == codec.decode(ids)
