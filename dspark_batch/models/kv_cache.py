@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 
 import torch
 
 from dspark_batch.extents import ExtentPool
 from dspark_batch.models import huge_pages
+from dspark_batch.models.machine import available_bytes
 
 GIB = 2**30
-_CPU_SHARE, _CPU_MAX_BYTES = 0.25, 4 * GIB
+_CPU_SHARE, _CPU_SHARE_OF_ALL, _CPU_MAX_BYTES = 0.25, 0.5, 4 * GIB
 _CUDA_SHARE = 0.8
 
 
@@ -134,29 +134,25 @@ class KVCache:
 
 
 def kv_pool_tokens(
-    kv_cache_gib: float | str, *, bytes_per_token: int, device: torch.device, max_useful_tokens: int | None
+    kv_cache_gib: float | str,
+    *,
+    bytes_per_token: int,
+    device: torch.device,
+    max_useful_tokens: int | None,
+    machine_share: float = 1.0,
 ) -> int:
     """How many tokens a pool of ``kv_cache_gib`` holds, at most ``max_useful_tokens``.
 
-    ``auto``: a quarter of the available memory on a CPU (at most 4 GiB; pages are only used once written), 80 % of
-    what is free on a CUDA device once the weights are loaded.
+    ``auto``: on a CPU a quarter of the available memory (at most 4 GiB; pages are only used once written), or half of
+    ``machine_share`` of it, where other engines have the rest; on a CUDA device 80 % of what is free once the weights
+    are loaded.
     """
     if not isinstance(kv_cache_gib, str):
         num_bytes = int(kv_cache_gib * GIB)
     elif device.type == "cuda":
         num_bytes = int(torch.cuda.mem_get_info(device)[0] * _CUDA_SHARE)
     else:
-        num_bytes = min(int(_available_bytes() * _CPU_SHARE), _CPU_MAX_BYTES)
+        share = min(_CPU_SHARE, _CPU_SHARE_OF_ALL * machine_share)
+        num_bytes = min(int(available_bytes() * share), _CPU_MAX_BYTES)
     num_tokens = num_bytes // bytes_per_token
     return num_tokens if max_useful_tokens is None else min(num_tokens, max_useful_tokens)
-
-
-def _available_bytes() -> int:
-    try:
-        with open("/proc/meminfo") as lines:
-            for line in lines:
-                if line.startswith("MemAvailable:"):
-                    return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -14,6 +14,7 @@ from dspark_batch.errors import ModelError
 from dspark_batch.models.convert import materialise
 from dspark_batch.models.families import DecoderSpec, decoder_spec
 from dspark_batch.models.kv_cache import KVCache, kv_pool_tokens
+from dspark_batch.models.machine import usable_cpus
 from dspark_batch.models.runner import TargetRunner
 from dspark_batch.models.sources import resolve_source, weights_fingerprint
 from dspark_batch.models.text import TextCodec
@@ -113,8 +114,14 @@ def _make_cache(
 ) -> KVCache:
     bytes_per_token = 2 * spec.num_layers * spec.num_kv_heads * spec.head_dim * dtype.itemsize
     useful = config.max_concurrency * max_context if isinstance(config.max_concurrency, int) else None
+    # An engine with a share of the CPUs leaves room for those with the others.
+    share = config.threads / usable_cpus() if isinstance(config.threads, int) else 1.0
     num_tokens = kv_pool_tokens(
-        config.kv_cache_gib, bytes_per_token=bytes_per_token, device=device, max_useful_tokens=useful
+        config.kv_cache_gib,
+        bytes_per_token=bytes_per_token,
+        device=device,
+        max_useful_tokens=useful,
+        machine_share=share,
     )
     if num_tokens < 2:
         raise ModelError(
