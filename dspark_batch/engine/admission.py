@@ -35,7 +35,8 @@ class QueuedRequest:
 
 
 def check_prompt(request: Request, token_ids: list[int], target: Target, *, max_context: int) -> RowError | None:
-    """Why a tokenised request can never run, or None."""
+    """Why a tokenised request can never run on this engine, or None. Only more memory can mend that, so only a request
+    that lacks memory is retryable."""
     if not token_ids:
         return RowError(code=ErrorCode.EMPTY_PROMPT, message=f"the prompt of {request.id!r} has no tokens")
     bad = next((i for i in token_ids if not 0 <= i < target.vocab_size), None)
@@ -55,7 +56,8 @@ def check_prompt(request: Request, token_ids: list[int], target: Target, *, max_
         return RowError(
             code=ErrorCode.PROMPT_TOO_LONG,
             message=f"request {request.id!r} needs KV memory for {num_tokens} tokens and there is room for "
-            f"{target.kv.num_total_tokens}; raise engine.kv_cache_gib or lower max_new_tokens",
+            f"{target.kv.num_total_tokens}; raise engine.kv_cache_gib and try again, or lower max_new_tokens",
+            retryable=True,
         )
     return None
 

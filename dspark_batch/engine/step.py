@@ -293,6 +293,7 @@ class StepRunner:
                 row.error = RowError(
                     code=ErrorCode.NON_FINITE_LOGITS,
                     message=f"{row.request.id!r}: the target gave NaN or infinite logits after {row.num_output} tokens",
+                    retryable=True,
                 )
                 tally.num_finished += 1
             tally.emitted.append(emitted)

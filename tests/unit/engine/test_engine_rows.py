@@ -63,6 +63,7 @@ def test_a_bad_row_comes_back_with_its_reason_and_leaves_the_others_alone(
     assert bad.finish_reason is FinishReason.ERROR
     assert bad.error is not None
     assert bad.error.code is code
+    assert not bad.error.retryable
     assert "'x'" in bad.error.message
     assert (first.num_generated_tokens, last.num_generated_tokens) == (6, 6)
 
@@ -99,6 +100,7 @@ def test_non_finite_logits_fail_their_row_only(temperature: float) -> None:
     failed = results["x"]
     assert failed.error is not None
     assert failed.error.code is ErrorCode.NON_FINITE_LOGITS
+    assert failed.error.retryable, "another device or kernel may compute it"
     assert failed.num_prompt_tokens == 3
     for name in ("a", "b"):
         if 31 not in expected[name]:
@@ -128,6 +130,7 @@ def test_a_request_larger_than_the_kv_memory_fails_and_says_what_to_change() -> 
     assert result.error.code is ErrorCode.PROMPT_TOO_LONG
     assert "34 tokens" in result.error.message
     assert "kv_cache_gib" in result.error.message
+    assert result.error.retryable
 
 
 def test_long_rows_enter_first_when_asked_for() -> None:
