@@ -1,9 +1,9 @@
 """The output folder of a run. A shard is committed when its manifest entry stands; everything else is swept.
 
 Layout: ``<shard>.parquet``, ``_SUCCESS``, and in ``_dspark/``: ``plan.json``, ``run.yaml``, ``fingerprint.json``,
-``metrics.jsonl``, ``manifest/<shard>.json``, ``staging/<shard>.<run>.<attempt>.tmp``. A run that overwrites another
-keeps all of this below ``_dspark/next`` until its end (``swap.py``). Runs into a table format keep their files in
-``data-<uid>/``, since older versions of the table go on to name them.
+``engine.json``, ``metrics.jsonl``, ``manifest/<shard>.json``, ``staging/<shard>.<run>.<attempt>.tmp``. A run that
+overwrites another keeps all of this below ``_dspark/next`` until its end (``swap.py``). Runs into a table format keep
+their files in ``data-<uid>/``, since older versions of the table go on to name them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 from pyarrow import fs
 
 from dspark_batch.batch.layout import LOCK, META, NEXT, SHARD_FILE, STAGING, SUCCESS, SWAP, RunTicket
-from dspark_batch.batch.lease import Lease, check_epoch
+from dspark_batch.batch.lease import SETTLE_S, Lease, check_epoch
 from dspark_batch.batch.manifest import ManifestEntry
 from dspark_batch.batch.results import ShardResult
 from dspark_batch.batch.store import Store, StoredFile
@@ -246,6 +246,17 @@ class RunStore:
     def write_meta(self, name: str, text: str) -> None:
         """Write a file of the run's state (``plan.json``, ``run.yaml``, ``metrics.jsonl``) as a whole."""
         self._write(f"{self.ticket.meta}/{name}", text.encode())
+
+    def claim_meta(self, name: str, text: str) -> str:
+        """Write a file of the run's state unless there is one; the text that stands, the same for all who claim it."""
+        with self.store.lock(LOCK, shared=True):
+            check_epoch(self.store, self.ticket.epoch)
+            is_ours = self.store.create(
+                f"{self.ticket.meta}/{name}", text.encode(), staging=f"{STAGING}/{name}.{uuid.uuid4().hex[:8]}.tmp"
+            )
+        if is_ours and not self.store.is_local:
+            time.sleep(SETTLE_S)
+        return self.read_meta(name) or text
 
     def after_swap(self) -> None:
         """The run is the output now: look where it lies from here on."""

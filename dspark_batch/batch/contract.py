@@ -51,3 +51,11 @@ class MeasuredEngine(Protocol):
 
     @property
     def stats(self) -> EngineStats: ...
+
+
+@runtime_checkable
+class WeighedEngine(Protocol):
+    """An engine that knows the fingerprint of its target's files (``models.sources.weights_fingerprint``)."""
+
+    @property
+    def target_fingerprint(self) -> str: ...

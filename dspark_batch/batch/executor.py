@@ -8,7 +8,9 @@ from dataclasses import dataclass
 
 import pyarrow as pa
 
+from dspark_batch.batch.agreement import check_weights, with_agreed_dtype
 from dspark_batch.batch.commit import RunStore
+from dspark_batch.batch.contract import RowEngine
 from dspark_batch.batch.engines import make_engine
 from dspark_batch.batch.layout import RunTicket
 from dspark_batch.batch.live import CountingEngine, EngineLoad, LiveCounts
@@ -30,7 +32,8 @@ from dspark_batch.job.config import JobConfig
 class WorkerSpec:
     """What a process needs to work for a run; plain values that travel to any machine. Paths are absolute or URIs.
 
-    ``num_threads`` replaces ``engine.threads: auto``; ``engine_factory`` names another engine than the real one.
+    ``num_threads`` replaces ``engine.threads: auto``; ``engine_factory`` names another engine than the real one, which
+    must have the weights of ``weights_fingerprint``.
     """
 
     config: JobConfig
@@ -39,6 +42,7 @@ class WorkerSpec:
     run_id: str
     retry_failed: bool = False
     engine_factory: str | None = None
+    weights_fingerprint: str | None = None
     num_threads: int | None = None
     ticket: RunTicket | None = None
     """Of the store that the driver opened; it says where to commit, and under which lease."""
@@ -152,5 +156,14 @@ class ShardExecutor:
         ).start()
 
     def _make_worker(self) -> BatchWorker:
-        self._engine = CountingEngine(make_engine(self._spec.engine_config(), factory=self._spec.engine_factory))
+        self._engine = CountingEngine(self._make_engine())
         return BatchWorker(self._engine, config=self._spec.config, input_schema=self._reader.schema)
+
+    def _make_engine(self) -> RowEngine:
+        config = self._spec.engine_config()
+        if self._spec.engine_factory is not None:
+            return make_engine(config, factory=self._spec.engine_factory)
+        engine = make_engine(with_agreed_dtype(config, run=self._run))
+        if self._spec.weights_fingerprint is not None:
+            check_weights(engine, expected=self._spec.weights_fingerprint, config=config)
+        return engine

@@ -8,23 +8,23 @@ from dspark_batch.provenance import fingerprint
 
 
 def fingerprint_fields(
-    config: JobConfig, *, weights_fingerprint: str, dtype: str | None = None, input_digest: str | None = None
+    config: JobConfig, *, weights_fingerprint: str, input_digest: str | None = None
 ) -> dict[str, object]:
     """The fields that a run's fingerprint covers, by dotted config name.
 
     Coupled verification makes the output independent of drafter, schedule, batch, backend and shard size, so none of
     them is covered; in the token and block modes the draft takes part in the draw, and the speculation section is.
+    What ``model.dtype: auto`` comes to is settled by the run's first engine (``agreement.py``).
 
     Args:
         weights_fingerprint: identity of the target's weights; its name and path do not count.
-        dtype: the dtype in which the model computes, where ``model.dtype`` is auto and was resolved.
         input_digest: identity of the input's content (``Plan.digest``).
     """
     fields: dict[str, object] = {
         "row_contract": ROW_CONTRACT_VERSION,
         "task": config.task,
         "model.weights": weights_fingerprint,
-        "model.dtype": dtype or config.model.dtype,
+        "model.dtype": config.model.dtype,
         "engine.max_context": config.engine.max_context,
         "speculation.verification": "coupled",
         "input.content": input_digest,
@@ -44,10 +44,6 @@ def fingerprint_fields(
     return fields
 
 
-def run_fingerprint(
-    config: JobConfig, *, weights_fingerprint: str, dtype: str | None = None, input_digest: str | None = None
-) -> str:
+def run_fingerprint(config: JobConfig, *, weights_fingerprint: str, input_digest: str | None = None) -> str:
     """SHA-256 (hex) of ``fingerprint_fields``."""
-    return fingerprint(
-        fingerprint_fields(config, weights_fingerprint=weights_fingerprint, dtype=dtype, input_digest=input_digest)
-    )
+    return fingerprint(fingerprint_fields(config, weights_fingerprint=weights_fingerprint, input_digest=input_digest))

@@ -64,6 +64,7 @@ class BatchEngine:
     ) -> None:
         target = loaded.target
         self._target = target
+        self.target_fingerprint = loaded.fingerprint
         self._poison_dead_kv = config.poison_dead_kv
         self._codec = loaded.codec
         self._max_context = _max_context(config, target)

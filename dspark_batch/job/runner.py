@@ -131,6 +131,7 @@ def _backend(run: PreparedRun, *, num_shards: int, retry_failed: bool) -> Iterat
         run_id=run.store.run_id,
         retry_failed=retry_failed,
         engine_factory=run.engine_factory,
+        weights_fingerprint=str(run.fields["model.weights"]),
         ticket=run.store.ticket,
     )
     if run.config.engine.backend == "local":

@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pyarrow as pa
 import pytest
 
 from dspark_batch.batch.engines import ENGINE_FACTORY_VARIABLE
+from dspark_batch.ray_data.environment import prepare_local_environment
 from dspark_batch.testing.jobs import SCRIPTED, Job, reviews, write_job
+
+
+@pytest.fixture(scope="module")
+def ray_loopback() -> Iterator[None]:
+    """One Ray for all tests of a module, as a run would start it; the runs find it and leave it running."""
+    prepare_local_environment()
+    from dspark_batch.job.config import RaySection
+    from dspark_batch.ray_data.cluster import ray_session
+
+    with ray_session(RaySection()):
+        yield
 
 
 @pytest.fixture

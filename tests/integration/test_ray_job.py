@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow as pa
@@ -15,7 +14,6 @@ from dspark_batch.batch.commit import read_output
 from dspark_batch.batch.engines import ENGINE_FACTORY_VARIABLE
 from dspark_batch.cli import run_cli
 from dspark_batch.job.outcome import ExitCode
-from dspark_batch.ray_data.environment import prepare_local_environment
 from dspark_batch.testing.jobs import Job
 
 pytestmark = [
@@ -30,17 +28,6 @@ pytestmark = [
 FACTORIES = "dspark_batch.testing.engine_factories"
 ROOT = Path(__file__).parents[2]
 Capture = pytest.CaptureFixture[str]
-
-
-@pytest.fixture(scope="module")
-def ray_loopback(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """One Ray for all tests here, as a run would start it; the runs find it and leave it running."""
-    prepare_local_environment()
-    from dspark_batch.job.config import RaySection
-    from dspark_batch.ray_data.cluster import ray_session
-
-    with ray_session(RaySection()):
-        yield
 
 
 @pytest.fixture

@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pytest
+import torch
 
 from dspark_batch.batch.commit import read_output
 from dspark_batch.batch.engines import ENGINE_FACTORY_VARIABLE
 from dspark_batch.cli import run_cli
 from dspark_batch.job.outcome import ExitCode
+from dspark_batch.models.loader import resolve_dtype
+from dspark_batch.models.sources import resolve_source, weights_fingerprint
 from dspark_batch.testing.jobs import Job, write_job
 from dspark_batch.testing.tiny import save_tiny_checkpoint
+
+Capture = pytest.CaptureFixture[str]
+pytestmark = [
+    pytest.mark.timeout(240),
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning:ray"),
+    pytest.mark.filterwarnings("ignore::FutureWarning:ray"),
+]
 
 CONTEXT = 64
 TEXTS = ["abc", "d" * 40, "e" * 100]
@@ -24,7 +37,6 @@ LITTLE_MEMORY = "engine.kv_cache_gib=0.00001"
 @pytest.fixture
 def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Job:
     monkeypatch.delenv(ENGINE_FACTORY_VARIABLE, raising=False)
-    monkeypatch.setenv("DSPARK_BATCH_CACHE", str(tmp_path / "cache"))
     job = write_job(tmp_path, pa.table({"id": ["fits", "large", "never"], "text": TEXTS}))
     job.config |= {
         "model": {"target": str(save_tiny_checkpoint(tmp_path / "model"))},
@@ -43,7 +55,7 @@ def errors_of(job: Job) -> dict[str, Any]:
 
 
 def test_more_memory_mends_a_row_that_had_too_little_and_nothing_mends_one_over_the_context(
-    job: Job, capsys: pytest.CaptureFixture[str]
+    job: Job, capsys: Capture
 ) -> None:
     assert run_cli(["run", job.write(), LITTLE_MEMORY]) == ExitCode.SOME_ROWS_FAILED
     errors = errors_of(job)
@@ -57,3 +69,49 @@ def test_more_memory_mends_a_row_that_had_too_little_and_nothing_mends_one_over_
     assert errors_of(job) == {"never": errors["never"]}
     assert run_cli(["run", job.write(), "--retry-failed"]) == ExitCode.SOME_ROWS_FAILED
     assert "nothing to do" in capsys.readouterr().out
+
+
+def logprobs_of(path: Path) -> list[Any]:
+    return read_output(str(path)).column("logprobs").to_pylist()
+
+
+@pytest.mark.parametrize("backend", ["local", pytest.param("ray", marks=pytest.mark.ray)])
+def test_a_run_keeps_the_dtype_of_its_first_engine_on_a_machine_that_would_take_another(
+    job: Job, backend: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    here = resolve_dtype("auto", torch.device("cpu"))
+    there = torch.float32 if here is torch.bfloat16 else torch.bfloat16
+    name = str(there).removeprefix("torch.")
+    job.config["sampling"]["logprobs"] = 1
+    job.config["shards"]["rows"] = 1
+    job.config["ray"] = {"shards_in_flight": 1}
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setattr(
+            "dspark_batch.models.loader.resolve_dtype",
+            lambda given, device: there if given == "auto" else resolve_dtype(given, device),
+        )
+        assert run_cli(["run", job.write(), "limits.max_generated_tokens=1"]) == ExitCode.FATAL
+        assert json.loads((job.out / "_dspark" / "engine.json").read_text())["dtype"] == name
+    if backend == "ray":
+        request.getfixturevalue("ray_loopback")
+    assert run_cli(["run", job.write(), f"engine.backend={backend}"]) == ExitCode.SOME_ROWS_FAILED
+    for dtype, is_same in ((there, True), (here, False)):
+        other = job.folder / str(dtype)
+        run_cli(["run", job.write(), f"output.path={other}", f"model.dtype={str(dtype).removeprefix('torch.')}"])
+        assert (logprobs_of(job.out) == logprobs_of(other)) is is_same
+
+
+@pytest.mark.parametrize("backend", ["local", pytest.param("ray", marks=pytest.mark.ray)])
+def test_an_engine_with_other_weights_than_the_run_began_with_is_refused_by_name(
+    job: Job, backend: str, capsys: Capture, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    own = weights_fingerprint(resolve_source(job.config["model"]["target"]))
+    monkeypatch.setattr("dspark_batch.job.prepare._weights_identity", lambda *_: "moved-branch")
+    if backend == "ray":
+        request.getfixturevalue("ray_loopback")
+    assert run_cli(["run", job.write(), f"engine.backend={backend}"]) == ExitCode.BAD_CONFIG
+    err = capsys.readouterr().err
+    assert "model.target: " in err
+    assert own[:16] in err
+    assert "moved-branch" in err
+    assert not job.parts()

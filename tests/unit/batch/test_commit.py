@@ -12,7 +12,7 @@ from dspark_batch.batch.commit import RunStore, parquet_bytes, read_output
 from dspark_batch.batch.manifest import ManifestEntry
 from dspark_batch.batch.results import ShardResult, ShardStats
 from dspark_batch.batch.store import Store
-from dspark_batch.errors import FingerprintMismatchError, OutputError, TransientStorageError
+from dspark_batch.errors import FingerprintMismatchError, LeaseLostError, OutputError, TransientStorageError
 from dspark_batch.testing.faulty_store import FaultyStore, SimulatedCrashError
 
 FIELDS = {"model.weights": "w", "sampling.seed": 0}
@@ -141,6 +141,18 @@ def test_an_attempt_that_renames_between_anothers_rename_and_entry_ends_with_one
     entry = run.commit(result(0, mark=" ours"))
     assert run.committed() == {entry.shard: entry}
     assert read_output(str(tmp_path))["row"].to_pylist() == [f"0.{row} ours" for row in range(3)]
+
+
+def test_what_the_first_claims_stands_for_all_and_a_run_that_was_taken_over_claims_nothing(tmp_path):
+    first, second = opened(tmp_path), opened(tmp_path)
+    assert first.claim_meta("engine.json", "one") == "one"
+    assert second.claim_meta("engine.json", "two") == "one"
+    assert first.read_meta("engine.json") == "one"
+    first.check_integrity()
+    lost = RunStore(str(tmp_path), ticket=replace(first.ticket, epoch=7))
+    with pytest.raises(LeaseLostError):
+        lost.claim_meta("other.json", "three")
+    assert first.read_meta("other.json") is None
 
 
 def test_another_fingerprint_is_refused_with_the_fields_that_differ(tmp_path):

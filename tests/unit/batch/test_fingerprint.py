@@ -53,8 +53,8 @@ def test_weights_dtype_and_input_content_are_covered(make_config):
     prints = {
         of(config),
         of(config, weights_fingerprint="v"),
-        of(config, dtype="float32"),
         of(config, input_digest="j"),
+        of(make_config(model={"dtype": "float32"})),
     }
     assert len(prints) == 4
 
