@@ -12,6 +12,8 @@ from dspark_batch.batch.agreement import check_weights, with_agreed_dtype
 from dspark_batch.batch.commit import RunStore
 from dspark_batch.batch.contract import RowEngine
 from dspark_batch.batch.engines import make_engine
+from dspark_batch.batch.faults import UNSUSPECTED, Trial
+from dspark_batch.batch.isolation import EngineGate, NoteStep, generate_in_steps
 from dspark_batch.batch.layout import RunTicket
 from dspark_batch.batch.live import CountingEngine, EngineLoad, LiveCounts
 from dspark_batch.batch.manifest import ManifestEntry
@@ -78,6 +80,7 @@ class ShardExecutor:
         self._reader = ShardReader(spec.config, plan_schema=spec.plan_schema)
         self._run = spec.open_store()
         self._engine: CountingEngine | None = None
+        self._gate = EngineGate()
         self._service = WorkerService(self._make_worker).start()
         # What is loaded by now stays: the collector need not walk it again for the rows that come and go, which would
         # take as long as everything else that is done for a row.
@@ -85,16 +88,22 @@ class ShardExecutor:
         gc.freeze()
         self._watchdog = self._start_watchdog()
 
-    def run(self, shard: Shard) -> ManifestEntry:
+    def run(
+        self, shard: Shard, *, trial: Trial = UNSUSPECTED, note_step: NoteStep = lambda rows, works: None
+    ) -> ManifestEntry:
         """Generate and commit one shard; the entry that stands if another attempt has committed it already.
 
         With ``retry_failed`` the failed rows of a committed shard that may succeed are generated again, and the shard
-        is replaced. Raises EngineError when the engine is broken (another process may succeed), InputError and
-        OutputError.
+        is replaced. ``trial`` and ``note_step`` are of a ``FaultLog``, where there is one. Raises EngineError when the
+        engine is broken (another process may succeed), InputError and OutputError.
         """
+
+        def generated(rows: ShardInput) -> ShardResult:
+            return self._generate(rows, trial=trial, note_step=note_step)
+
         standing = self._run.entry(shard.name)
         if standing is None:
-            return self._run.commit(self._generate(self._reader.read(shard)))
+            return self._run.commit(generated(self._reader.read(shard)))
         if not self._spec.retry_failed:
             return standing
         before = committed_table(standing, run=self._run)
@@ -102,9 +111,14 @@ class ShardExecutor:
         rows = retryable_rows(before, num_samples=self._num_samples, prefix=prefix)
         if not rows:
             return standing
-        again = self._generate(only_rows(self._reader.read(shard), rows))
+        again = generated(only_rows(self._reader.read(shard), rows))
         merged = merge(before, again, rows=rows, num_samples=self._num_samples, prefix=prefix, entry=standing)
         return self._run.commit(merged, replace=True)
+
+    @property
+    def is_hung(self) -> bool:
+        """Whether the engine was given up while it hangs: what it holds cannot be freed."""
+        return self._service.is_abandoned
 
     def live(self) -> LiveCounts:
         """What the engine has produced so far, committed or not. Thread-safe."""
@@ -130,7 +144,19 @@ class ShardExecutor:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _generate(self, shard: ShardInput) -> ShardResult:
+    def _generate(self, shard: ShardInput, *, trial: Trial, note_step: NoteStep) -> ShardResult:
+        if not (trial.is_isolated and shard.ids):
+            with self._gate.shared():
+                return self._submit(shard)
+        with self._gate.alone():
+            if self._service.fault is not None:
+                # Not these rows' fault: it broke while they waited.
+                raise self._service.fault
+            return generate_in_steps(
+                shard, trial=trial, generate=self._submit, note_step=note_step, num_samples=self._num_samples
+            )
+
+    def _submit(self, shard: ShardInput) -> ShardResult:
         try:
             return self._service.submit(shard).result()
         except (CancelledError, RuntimeError) as error:

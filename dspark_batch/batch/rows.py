@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow as pa
 
 from dspark_batch.batch.schema import missing_columns
+from dspark_batch.core import RowError
 from dspark_batch.errors import Problem
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShardInput:
-    """The rows of one shard as a worker takes them: ``ids[i]`` identifies row i of ``table``."""
+    """The rows of one shard as a worker takes them: ``ids[i]`` identifies row i of ``table``.
+
+    Rows in ``failures`` are not generated; they come out with that error.
+    """
 
     key: str
     table: pa.Table
     ids: tuple[str, ...]
+    failures: Mapping[int, RowError] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         assert len(self.ids) == self.table.num_rows, (self.key, len(self.ids), self.table.num_rows)

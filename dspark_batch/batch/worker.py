@@ -112,7 +112,8 @@ class BatchWorker:
     def open(self, shard: ShardInput) -> None:
         """Take a shard's rows into the queue, in the order that suits the engine, and fill the engine from it."""
         assert shard.key not in self._open, f"shard {shard.key} is open already"
-        outcomes = list(self._renderer.render_table(shard.table, ids=shard.ids))
+        rendered = self._renderer.render_table(shard.table, ids=shard.ids)
+        outcomes = [shard.failures.get(row, outcome) for row, outcome in enumerate(rendered)]
         opened = _OpenShard(shard, outcomes=outcomes)
         self._open[shard.key] = opened
         self._feeding.append(opened)

@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from dspark_batch.errors import EngineError
 from dspark_batch.job.backend import TICK_S
 
 if TYPE_CHECKING:
@@ -20,7 +21,8 @@ class LocalBackend:
     """Runs ``run_shard`` (read, generate, commit; thread-safe) on ``shards_in_flight`` threads.
 
     The threads are daemons: a process that is told to end at once does not wait for them, and what they had not
-    committed is done again by the next run.
+    committed is done again by the next run. When the engine breaks, all of them end, ``restart`` replaces it (or raises
+    what speaks against that), and they begin anew. Without ``restart``, or after ``stop``, the fault ends the run.
     """
 
     def __init__(
@@ -29,17 +31,41 @@ class LocalBackend:
         *,
         live: Callable[[], LiveCounts],
         shards_in_flight: int,
+        restart: Callable[[EngineError], None] | None = None,
     ) -> None:
         self._run_shard = run_shard
         self._live = live
         self._num_threads = shards_in_flight
+        self._restart = restart
+        self._stopped = False
+        self._fault: EngineError | None = None
         self._waiting: deque[Shard] = deque()
         self._done: queue.SimpleQueue[ManifestEntry | BaseException | None] = queue.SimpleQueue()
 
     def run(self, shards: Sequence[Shard]) -> Iterator[ManifestEntry | None]:
         """See ``Backend.run``."""
         self._waiting.extend(shards)
-        num_running = min(self._num_threads, len(shards))
+        while self._waiting:
+            yield from self._run_threads()
+            fault, self._fault = self._fault, None
+            if fault is None:
+                return
+            if self._restart is None or self._stopped:
+                raise fault
+            self._restart(fault)
+
+    def live(self) -> LiveCounts:
+        """See ``Backend.live``."""
+        return self._live()
+
+    def stop(self) -> None:
+        """See ``Backend.stop``."""
+        self._stopped = True
+        self._waiting.clear()
+
+    def _run_threads(self) -> Iterator[ManifestEntry | None]:
+        """Until no shard waits or the engine broke, and no thread runs."""
+        num_running = min(self._num_threads, len(self._waiting))
         for number in range(num_running):
             threading.Thread(target=self._work, name=f"dspark-batch-shard-{number}", daemon=True).start()
         while num_running:
@@ -56,22 +82,21 @@ class LocalBackend:
             else:
                 yield outcome
 
-    def live(self) -> LiveCounts:
-        """See ``Backend.live``."""
-        return self._live()
-
-    def stop(self) -> None:
-        """See ``Backend.stop``."""
-        self._waiting.clear()
-
     def _work(self) -> None:
         try:
-            while True:
+            while self._fault is None:
                 try:
                     shard = self._waiting.popleft()
                 except IndexError:
                     break
-                self._done.put(self._run_shard(shard))
+                try:
+                    entry = self._run_shard(shard)
+                except EngineError as error:
+                    # Without its trace, whose frames keep the broken engine in memory.
+                    self._fault = self._fault or EngineError(str(error))
+                    self._waiting.appendleft(shard)
+                else:
+                    self._done.put(entry)
         except BaseException as error:
             self._done.put(error)
         else:

@@ -122,7 +122,7 @@ def _work(
 
 @contextmanager
 def _backend(run: PreparedRun, *, num_shards: int, retry_failed: bool) -> Iterator[Backend]:
-    from dspark_batch.batch.executor import ShardExecutor, WorkerSpec
+    from dspark_batch.batch.executor import WorkerSpec
 
     spec = WorkerSpec(
         config=run.config,
@@ -135,9 +135,14 @@ def _backend(run: PreparedRun, *, num_shards: int, retry_failed: bool) -> Iterat
         ticket=run.store.ticket,
     )
     if run.config.engine.backend == "local":
-        with ShardExecutor(spec) as executor:
+        from dspark_batch.batch.restart import RestartingExecutor
+
+        with RestartingExecutor(spec) as executor:
             yield LocalBackend(
-                executor.run, live=executor.live, shards_in_flight=run.config.shards_in_flight(num_shards=num_shards)
+                executor.run,
+                live=executor.live,
+                shards_in_flight=run.config.shards_in_flight(num_shards=num_shards),
+                restart=executor.restart,
             )
         return
     if run.config.engine.backend == "spark":

@@ -10,6 +10,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -70,13 +71,19 @@ class ShardActor:
 
     async def _run(self, shard: Shard) -> ManifestEntry | None:
         executor = self._executor
-        if executor is None or not await self._control.begin_shard.remote():
+        trial = None if executor is None else await self._control.begin_shard.remote(shard.name)
+        if executor is None or trial is None:
             return None
+
+        def note_step(rows: range, *, works: bool) -> None:
+            ray.get(self._control.note_step.remote(shard.name, rows, works=works))
+
         loop = asyncio.get_running_loop()
         try:
-            entry = await loop.run_in_executor(self._threads, executor.run, shard)
+            run = partial(executor.run, shard, trial=trial, note_step=note_step)
+            entry = await loop.run_in_executor(self._threads, run)
         except EngineError as error:
-            await self._end_process(error)
+            await self._end_process(error, shard=shard)
             raise
         except DSparkBatchError as error:
             await self._control.fail.remote(Failure.of(error))
@@ -86,7 +93,7 @@ class ShardActor:
             await self._control.fail.remote(Failure(kind="OutputError", message=message))
             raise
         self._metrics.note_commit(entry.stats)
-        await self._control.note_commit.remote()
+        await self._control.note_commit.remote(shard.name)
         return entry
 
     def _tell_live(self) -> None:
@@ -99,8 +106,8 @@ class ShardActor:
                 next_metrics_s = time.monotonic() + METRICS_INTERVAL_S
             time.sleep(LIVE_INTERVAL_S)
 
-    async def _end_process(self, error: EngineError) -> None:
+    async def _end_process(self, error: EngineError, *, shard: Shard) -> None:
         """Ray retries a shard elsewhere only when the process of its actor dies; an exception would end the job."""
         logger.error("the engine broke, its process ends and is replaced: %s", error)
-        await self._control.note_fault.remote(str(error))
+        await self._control.note_fault.remote(str(error), shard=shard.name)
         os._exit(1)

@@ -18,12 +18,13 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from dspark_batch import errors
 from dspark_batch.batch.executor import WorkerSpec
+from dspark_batch.batch.faults import MAX_FRUITLESS_STARTS
 from dspark_batch.batch.live import LiveCounts
 from dspark_batch.errors import DSparkBatchError, EngineError
 from dspark_batch.job.config import RaySection
 from dspark_batch.ray_data.actor import ENTRY_COLUMN, SHARD_COLUMN, ShardActor
 from dspark_batch.ray_data.cluster import ActorShare, actor_share
-from dspark_batch.ray_data.control import MAX_FRUITLESS_STARTS, Failure, JobControl, Status
+from dspark_batch.ray_data.control import Failure, JobControl, Status
 
 if TYPE_CHECKING:
     from dspark_batch.batch.manifest import ManifestEntry

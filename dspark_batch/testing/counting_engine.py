@@ -2,7 +2,8 @@
 
 ``EngineConfig.target`` is a folder. ``options.json`` in it may hold ``step_delay_s``, ``max_concurrency``,
 ``die_once_after_rows``, ``hang_once_after_rows`` (with ``hang_holds_lock``: in native code that keeps the interpreter's
-lock), ``die_at_load`` and ``note_steps``. ``loads.jsonl``, ``rows.txt`` and ``steps.jsonl`` are written.
+lock), ``break_on`` (prompts, to ``raise`` for an engine fault and ``exit`` for the end of the process), ``die_at_load``
+and ``note_steps``. ``loads.jsonl``, ``rows.txt`` and ``steps.jsonl`` are written.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 
 from dspark_batch.core import Request, Result
 from dspark_batch.engine.config import EngineConfig
+from dspark_batch.errors import EngineError
 from dspark_batch.testing.scripted_engine import ScriptedEngine, prompt_text
 
 FACTORY = "dspark_batch.testing.counting_engine:counting"
@@ -89,6 +91,7 @@ class CountingEngine(ScriptedEngine):
         self._hang_after: int | None = options.get("hang_once_after_rows")
         self._hang_holds_lock = bool(options.get("hang_holds_lock"))
         self._note_steps = bool(options.get("note_steps"))
+        self._break_on: dict[str, str] = options.get("break_on", {})
         self._num_out = 0
 
     def add(self, request: Request) -> int:
@@ -97,6 +100,12 @@ class CountingEngine(ScriptedEngine):
 
     def step(self) -> list[tuple[int, Result]]:
         time.sleep(self._step_delay_s)
+        for sample in (*self._running, *self._waiting):
+            match self._break_on.get(prompt_text(sample.request)):
+                case "raise":
+                    raise EngineError(f"scripted fault over {sample.request.id}")
+                case "exit":
+                    os._exit(13)
         if self._die_after is not None and self._num_out >= self._die_after and self._folder.claim("died"):
             os._exit(13)
         if self._hang_after is not None and self._num_out >= self._hang_after and self._folder.claim("hung"):

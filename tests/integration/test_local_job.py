@@ -90,14 +90,27 @@ def test_success_is_withdrawn_while_a_shard_is_missing(job: Job, monkeypatch: py
     assert not (job.out / "_SUCCESS").exists()
 
 
-def test_an_engine_fault_is_fatal_and_the_same_command_goes_on(
+def test_an_engine_that_breaks_is_loaded_again_and_its_shards_are_made_again(
+    job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_cli(["run", job.write()])
+    undisturbed = job.parts()
+    monkeypatch.setenv(FAULT_AFTER_VARIABLE, "20")
+    job.config["output"]["path"] = str(job.folder / "disturbed")
+    assert run_cli(["run", job.write()]) == ExitCode.OK
+    files = {file.name: file.read_bytes() for file in (job.folder / "disturbed").glob("*.parquet")}
+    assert files == {name: data for name, (_, data) in undisturbed.items()}
+
+
+def test_an_engine_that_only_breaks_is_fatal_and_the_same_command_goes_on(
     job: Job, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv(FAULT_AFTER_VARIABLE, "20")
-    assert run_cli(["run", job.write()]) == ExitCode.FATAL
-    assert "scripted fault after" in capsys.readouterr().err
+    assert run_cli(["run", job.write(), "limits.max_generated_tokens=1"]) == ExitCode.FATAL
     kept = job.parts()
     assert 0 < len(kept) < 8
+    monkeypatch.setenv(FAULT_AFTER_VARIABLE, "0")
+    assert run_cli(["run", job.write()]) == ExitCode.FATAL
+    assert "scripted fault after 0 samples" in capsys.readouterr().err
     monkeypatch.delenv(FAULT_AFTER_VARIABLE)
     assert run_cli(["run", job.write()]) == ExitCode.OK
     after = job.parts()
@@ -105,10 +118,8 @@ def test_an_engine_fault_is_fatal_and_the_same_command_goes_on(
     assert sorted(read_output(str(job.out)).column("id").to_pylist()) == sorted(f"r{n}" for n in range(47))
 
 
-def test_another_shard_size_or_concurrency_resumes_the_same_plan(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(FAULT_AFTER_VARIABLE, "20")
-    run_cli(["run", job.write()])
-    monkeypatch.delenv(FAULT_AFTER_VARIABLE)
+def test_another_shard_size_or_concurrency_resumes_the_same_plan(job: Job) -> None:
+    assert run_cli(["run", job.write(), "limits.max_generated_tokens=1"]) == ExitCode.FATAL
     assert run_cli(["run", job.write(), "shards.rows=5", "ray.shards_in_flight=4"]) == ExitCode.OK
     assert read_output(str(job.out)).num_rows == 47
 

@@ -89,7 +89,7 @@ def test_an_engine_that_always_breaks_ends_the_job_with_its_fault(
     monkeypatch.setenv(ENGINE_FACTORY_VARIABLE, f"{FACTORIES}:broken")
     assert run_cli(["run", ray_job.write()]) == ExitCode.FATAL
     err = capsys.readouterr().err
-    assert "without finishing a shard" in err
+    assert "the engine broke over 3 rows, each by itself" in err
     assert "scripted fault after 0 samples" in err
 
 

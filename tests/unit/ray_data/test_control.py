@@ -2,36 +2,37 @@
 
 from __future__ import annotations
 
+from dspark_batch.batch.faults import MAX_BAD_ROWS_IN_A_ROW, MAX_FRUITLESS_STARTS
 from dspark_batch.batch.live import LiveCounts
 from dspark_batch.errors import ConfigError, EngineError, ModelError, Problem
-from dspark_batch.ray_data.control import MAX_FRUITLESS_STARTS, Failure, JobControl
+from dspark_batch.ray_data.control import Failure, JobControl
 
 
 def test_starts_without_a_commit_are_bounded_and_the_last_fault_is_told() -> None:
     control = JobControl(num_actors=1)
     assert all(control.begin_worker() for _ in range(MAX_FRUITLESS_STARTS))
-    control.note_fault("device lost")
+    control.note_fault("device lost", shard="a")
     assert not control.begin_worker()
     failure = control.status().failure
     assert failure is not None
     assert failure.kind == "EngineError"
     assert "device lost" in failure.message
-    assert not control.begin_shard()
+    assert control.begin_shard("a") is None
 
 
 def test_a_commit_resets_the_bound() -> None:
     control = JobControl(num_actors=2)
     for _ in range(3):
         assert all(control.begin_worker() for _ in range(2 * MAX_FRUITLESS_STARTS))
-        control.note_commit()
+        control.note_commit("a")
     assert control.status().failure is None
 
 
 def test_no_shard_begins_after_a_stop() -> None:
     control = JobControl(num_actors=1)
-    assert control.begin_shard()
+    assert control.begin_shard("a") is not None
     control.stop()
-    assert not control.begin_shard()
+    assert control.begin_shard("b") is None
     assert control.status().failure is None
 
 
@@ -72,3 +73,14 @@ def test_the_problems_of_a_config_error_travel_with_it() -> None:
     problem = Problem("engine.max_context", "is more than the model's")
     assert Failure.of(ConfigError([problem])).problems == (problem,)
     assert Failure.of(ModelError("x")).problems == ()
+
+
+def test_rows_that_break_every_engine_end_the_job() -> None:
+    control = JobControl(num_actors=1)
+    for row in range(MAX_BAD_ROWS_IN_A_ROW):
+        assert control.begin_shard("a") is not None
+        control.note_step("a", range(row, row + 1), works=False)
+    assert control.begin_shard("a") is None
+    failure = control.status().failure
+    assert failure is not None
+    assert "each by itself" in failure.message
