@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from typing import cast
 
@@ -35,6 +37,24 @@ def make_engine(config: EngineConfig, *, factory: str | None = None) -> RowEngin
         raise
     except Exception as error:
         raise ModelError(_loading_failed(config, error)) from error
+
+
+@contextmanager
+def collected_warnings() -> Iterator[list[str]]:
+    """The warnings that this package logs meanwhile, in any thread, each text once."""
+    texts: list[str] = []
+
+    class Collector(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if (text := record.getMessage()) not in texts:
+                texts.append(text)
+
+    collector, logger = Collector(logging.WARNING), logging.getLogger("dspark_batch")
+    logger.addHandler(collector)
+    try:
+        yield texts
+    finally:
+        logger.removeHandler(collector)
 
 
 def _real_engine(config: EngineConfig) -> RowEngine:

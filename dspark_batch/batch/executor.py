@@ -11,7 +11,7 @@ import pyarrow as pa
 from dspark_batch.batch.agreement import check_weights, with_agreed_dtype
 from dspark_batch.batch.commit import RunStore
 from dspark_batch.batch.contract import RowEngine
-from dspark_batch.batch.engines import make_engine
+from dspark_batch.batch.engines import collected_warnings, make_engine
 from dspark_batch.batch.faults import UNSUSPECTED, Trial
 from dspark_batch.batch.isolation import EngineGate, NoteStep, generate_in_steps
 from dspark_batch.batch.layout import RunTicket
@@ -81,7 +81,10 @@ class ShardExecutor:
         self._run = spec.open_store()
         self._engine: CountingEngine | None = None
         self._gate = EngineGate()
-        self._service = WorkerService(self._make_worker).start()
+        with collected_warnings() as warnings:
+            self._service = WorkerService(self._make_worker).start()
+        self.warnings = tuple(warnings)
+        """What was warned of while the engine was made."""
         # What is loaded by now stays: the collector need not walk it again for the rows that come and go, which would
         # take as long as everything else that is done for a row.
         gc.collect()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 WITHOUT_A_WORD = "the process ended without a word (killed, out of memory, or crashed)"
@@ -61,11 +61,13 @@ class _InFlight:
 class FaultLog:
     """Notes what engines begin and finish, so that an engine which broke, even without a word, shows at the next start.
 
-    ``end_reason`` says why the run must end, once engines break without any row being to blame. Not thread-safe.
+    ``end_reason`` says why the run must end, once engines break without any row being to blame. ``warnings`` are for
+    the driver to show, each text once. Not thread-safe.
     """
 
     def __init__(self, *, num_engines: int) -> None:
         self.end_reason: str | None = None
+        self.warnings: list[str] = []
         self._max_starts = MAX_FRUITLESS_STARTS * num_engines
         self._num_starts = 0
         self._num_bad_rows = 0
@@ -83,9 +85,10 @@ class FaultLog:
             self._end(f"the engine broke {self._num_starts - 1} times without finishing a shard; last: {fault}")
         self._is_loading = True
 
-    def note_loaded(self) -> None:
-        """The engine that started last has its model and takes shards."""
+    def note_loaded(self, warnings: Iterable[str] = ()) -> None:
+        """The engine that started last has its model and takes shards; what was warned of meanwhile."""
         self._is_loading = False
+        self._warn(*warnings)
 
     def begin(self, shard: str) -> Trial:
         """A shard is begun. One that was begun before and not committed was in flight when an engine broke."""
@@ -111,6 +114,7 @@ class FaultLog:
     def note_fault(self, message: str, *, shard: str) -> None:
         """An engine broke that had the shard; it is replaced."""
         self._last_fault = message
+        self._warn(f"the engine broke and is loaded again: {message}")
         if shard in self._in_flight:
             self._in_flight[shard].fault = message
 
@@ -129,6 +133,9 @@ class FaultLog:
         if self._num_bad_rows >= MAX_BAD_ROWS_IN_A_ROW or len(known.faults) > MAX_BAD_ROWS:
             num_rows = max(self._num_bad_rows, len(known.faults))
             self._end(f"the engine broke over {num_rows} rows, each by itself; last: {known.fault}")
+
+    def _warn(self, *texts: str) -> None:
+        self.warnings += [text for text in texts if text not in self.warnings]
 
     def _end(self, reason: str) -> None:
         if self.end_reason is None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import gc
-import logging
 import threading
+from collections.abc import Sequence
 
 from dspark_batch.batch.executor import ShardExecutor, WorkerSpec
 from dspark_batch.batch.faults import FaultLog
@@ -12,8 +12,6 @@ from dspark_batch.batch.live import LiveCounts
 from dspark_batch.batch.manifest import ManifestEntry
 from dspark_batch.batch.shards import Shard
 from dspark_batch.errors import EngineError
-
-logger = logging.getLogger(__name__)
 
 
 class RestartingExecutor:
@@ -24,8 +22,8 @@ class RestartingExecutor:
         self._faults = FaultLog(num_engines=1)
         self._lock = threading.Lock()
         self._before = LiveCounts()
-        self._faults.begin_engine()
-        self._executor: ShardExecutor | None = ShardExecutor(spec)
+        self._executor: ShardExecutor | None = None
+        self._load()
 
     def run(self, shard: Shard) -> ManifestEntry:
         """See ``ShardExecutor.run``. Thread-safe. Raises EngineError where the engine broke; see ``restart``."""
@@ -54,20 +52,21 @@ class RestartingExecutor:
         assert self._executor is not None, "the engine is gone"
         if self._executor.is_hung:
             raise fault
-        self._faults.begin_engine()
-        self._raise_end()
-        logger.warning("the engine broke and is loaded again: %s", fault)
         self._before += self._executor.live()
         self._executor.close()
         # Its memory has to be free for the next one.
         self._executor = None
         gc.collect()
-        self._executor = ShardExecutor(self._spec)
+        self._load()
 
     def live(self) -> LiveCounts:
         """What all engines have produced. Thread-safe."""
         executor = self._executor
         return self._before if executor is None else self._before + executor.live()
+
+    def warnings(self) -> Sequence[str]:
+        """What engines warned of so far, each text once, in order. Thread-safe."""
+        return tuple(self._faults.warnings)
 
     def close(self) -> None:
         """See ``ShardExecutor.close``."""
@@ -79,6 +78,12 @@ class RestartingExecutor:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _load(self) -> None:
+        self._faults.begin_engine()
+        self._raise_end()
+        self._executor = ShardExecutor(self._spec)
+        self._faults.note_loaded(self._executor.warnings)
 
     def _raise_end(self) -> None:
         if self._faults.end_reason is not None:

@@ -29,6 +29,10 @@ class Backend(Protocol):
         """What the engines of this backend have produced so far, committed or not."""
         ...
 
+    def warnings(self) -> Sequence[str]:
+        """What these engines warned of so far, each text once, in order."""
+        ...
+
     def stop(self) -> None:
         """Begin no further shard. Those that run go on to their commit."""
         ...

@@ -59,11 +59,15 @@ def drive(
         return Ending.SIGNAL
     ending = Ending.DONE
     deadline_s: float | None = None
+    num_told = 0
     for entry in backend.run(shards):
         if entry is not None:
             done.add(entry.stats)
             whole.add(entry.stats)
         report.update(done, backend.live())
+        for warning in backend.warnings()[num_told:]:
+            report.say(f"warning: {warning}")
+            num_told += 1
         if deadline_s is None and stop.is_asked():
             deadline_s = clock() + grace_s
             ending = Ending.SIGNAL

@@ -32,11 +32,13 @@ class LocalBackend:
         live: Callable[[], LiveCounts],
         shards_in_flight: int,
         restart: Callable[[EngineError], None] | None = None,
+        warnings: Callable[[], Sequence[str]] = tuple,
     ) -> None:
         self._run_shard = run_shard
         self._live = live
         self._num_threads = shards_in_flight
         self._restart = restart
+        self._warnings = warnings
         self._stopped = False
         self._fault: EngineError | None = None
         self._waiting: deque[Shard] = deque()
@@ -52,11 +54,16 @@ class LocalBackend:
                 return
             if self._restart is None or self._stopped:
                 raise fault
+            yield None
             self._restart(fault)
 
     def live(self) -> LiveCounts:
         """See ``Backend.live``."""
         return self._live()
+
+    def warnings(self) -> Sequence[str]:
+        """See ``Backend.warnings``."""
+        return self._warnings()
 
     def stop(self) -> None:
         """See ``Backend.stop``."""

@@ -143,6 +143,7 @@ def _backend(run: PreparedRun, *, num_shards: int, retry_failed: bool) -> Iterat
                 live=executor.live,
                 shards_in_flight=run.config.shards_in_flight(num_shards=num_shards),
                 restart=executor.restart,
+                warnings=executor.warnings,
             )
         return
     if run.config.engine.backend == "spark":

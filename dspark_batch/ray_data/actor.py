@@ -57,7 +57,7 @@ class ShardActor:
             # Not raised: Ray would print a trace of its own. The driver raises it, and no shard begins here.
             ray.get(control.fail.remote(Failure.of(error)))
             return
-        ray.get(control.note_loaded.remote())
+        ray.get(control.note_loaded.remote(self._executor.warnings))
         self._name = f"{ray.get_runtime_context().get_node_id()}/{os.getpid()}"
         self._metrics = ActorMetrics(
             run=spec.run_id, model=spec.config.model.target, actor=f"{ray.util.get_node_ip_address()}/{os.getpid()}"

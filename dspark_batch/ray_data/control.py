@@ -25,10 +25,12 @@ class Failure:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Status:
-    """The failure that ended the job, if any, and what all engines have produced, those that ended included."""
+    """The failure that ended the job, if any, what all engines have produced, those that ended included, and what they
+    warned of."""
 
     failure: Failure | None
     live: LiveCounts
+    warnings: tuple[str, ...]
 
 
 class JobControl(FaultLog):
@@ -69,7 +71,8 @@ class JobControl(FaultLog):
 
     def status(self) -> Status:
         """What the driver asks for several times a second."""
-        return Status(failure=self._failure, live=sum(self._live.values(), start=LiveCounts()))
+        live = sum(self._live.values(), start=LiveCounts())
+        return Status(failure=self._failure, live=live, warnings=tuple(self.warnings))
 
     def _goes_on(self) -> bool:
         if self.end_reason is not None:

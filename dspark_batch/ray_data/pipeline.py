@@ -43,6 +43,7 @@ class RayBackend:
         self._section = section
         self._share = actor_share(section, device=device)
         self._live = LiveCounts()
+        self._warnings: tuple[str, ...] = ()
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         control = ray.remote(num_cpus=0, scheduling_strategy=here)(JobControl)
         self._control = control.remote(num_actors=section.actors.max)
@@ -64,6 +65,10 @@ class RayBackend:
         """What the engines of all actors have produced so far, committed or not."""
         return self._live
 
+    def warnings(self) -> Sequence[str]:
+        """What the engines of all actors warned of so far, each text once, in order."""
+        return self._warnings
+
     def stop(self) -> None:
         """Begin no further shard. Those that run go on to their commit."""
         ray.get(self._control.stop.remote())
@@ -73,6 +78,7 @@ class RayBackend:
         complain about a shutdown under their feet."""
         status: Status = ray.get(self._control.status.remote())
         self._live = status.live
+        self._warnings = status.warnings
         if status.failure is None:
             return
         end_s = time.monotonic() + DRAIN_S

@@ -78,6 +78,10 @@ class SparkBackend:
         """Nothing: between commits, tasks do not report to the driver."""
         return self._counts
 
+    def warnings(self) -> Sequence[str]:
+        """None: they are in the logs of the executors."""
+        return ()
+
     def stop(self) -> None:
         """Begin no further shard. Those that run go on to their commit."""
         self._store.write_meta(_stop_name(self._spec.run_id), "stop\n")

@@ -2,14 +2,16 @@
 
 ``EngineConfig.target`` is a folder. ``options.json`` in it may hold ``step_delay_s``, ``max_concurrency``,
 ``die_once_after_rows``, ``hang_once_after_rows`` (with ``hang_holds_lock``: in native code that keeps the interpreter's
-lock), ``break_on`` (prompts, to ``raise`` for an engine fault and ``exit`` for the end of the process), ``die_at_load``
-and ``note_steps``. ``loads.jsonl``, ``rows.txt`` and ``steps.jsonl`` are written.
+lock), ``break_on`` (prompts, to ``raise`` for an engine fault and ``exit`` for the end of the process),
+``die_at_load``, ``warning`` (logged at each load) and ``note_steps``. ``loads.jsonl``, ``rows.txt`` and ``steps.jsonl``
+are written.
 """
 
 from __future__ import annotations
 
 import ctypes
 import json
+import logging
 import os
 import time
 from dataclasses import dataclass
@@ -130,6 +132,8 @@ def counting(config: EngineConfig) -> CountingEngine:
     folder = EngineFolder(Path(config.target))
     environment = {name: os.environ.get(name) for name in NOTED_VARIABLES}
     folder.note("loads.jsonl", {"pid": os.getpid(), "threads": config.threads, **environment})
+    if warning := folder.options().get("warning"):
+        logging.getLogger(__name__).warning(warning)
     if folder.options().get("die_at_load"):
         os._exit(13)
     return CountingEngine(folder)

@@ -79,7 +79,7 @@ def test_an_engine_that_breaks_over_every_row_ends_the_run_with_its_fault(
     assert run_cli(["run", job.write()]) == ExitCode.FATAL
     err = capsys.readouterr().err
     assert "the engine broke over 3 rows, each by itself" in err
-    assert "scripted fault over r" in err
+    assert "warning: the engine broke and is loaded again: scripted fault over r" in err
     assert len(engine.loads()) < 12
     assert not job.parts()
     assert not (job.out / "_SUCCESS").exists()

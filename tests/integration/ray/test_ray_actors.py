@@ -105,6 +105,17 @@ def test_a_process_that_ends_while_it_loads_is_tried_again_and_then_told_in_one_
     assert len(pids(folder)) == 4
 
 
+@pytest.mark.parametrize("backend", ["ray", "local"])
+def test_what_engines_warn_of_while_they_load_is_shown_once(
+    make_ray_job: MakeRayJob, backend: str, capsys: Capture
+) -> None:
+    job, folder = make_ray_job(40, rows_per_shard=10, step_delay_s=0.1, warning="native kernels are off (scripted)")
+    job.config["ray"]["actors"] = 2
+    assert run_cli(["run", job.write(), f"engine.backend={backend}"]) == ExitCode.OK
+    assert len(folder.loads()) == (2 if backend == "ray" else 1)
+    assert capsys.readouterr().err.count("warning: native kernels are off (scripted)\n") == 1
+
+
 @pytest.mark.parametrize(
     ("factory", "code", "words"),
     [

@@ -65,6 +65,9 @@ class ScriptedBackend:
     def live(self) -> LiveCounts:
         return LiveCounts()
 
+    def warnings(self) -> Sequence[str]:
+        return ("kernels are off",)
+
     def stop(self) -> None:
         self.is_stopped = True
 
@@ -99,6 +102,10 @@ def test_all_shards_are_counted() -> None:
     assert (done.num_shards, done.num_rows, done.num_failed_rows) == (7, 70, 7)
     assert done.failures == {"null_prompt": 7}
     assert done.accepted_length == 2.0
+
+
+def test_what_engines_warn_of_is_told_once() -> None:
+    assert run(ScriptedBackend(entry=stats()), 7)[2].count("warning: kernels are off\n") == 1
 
 
 def test_a_signal_lets_running_shards_commit_and_begins_no_other() -> None:
