@@ -156,7 +156,12 @@ class ShardExecutor:
                 # Not these rows' fault: it broke while they waited.
                 raise self._service.fault
             return generate_in_steps(
-                shard, trial=trial, generate=self._submit, note_step=note_step, num_samples=self._num_samples
+                shard,
+                trial=trial,
+                generate=self._submit,
+                note_step=note_step,
+                num_samples=self._num_samples,
+                prefix=self._spec.config.output.prefix,
             )
 
     def _submit(self, shard: ShardInput) -> ShardResult:

@@ -64,6 +64,7 @@ def generate_in_steps(
     generate: Callable[[ShardInput], ShardResult],
     note_step: NoteStep,
     num_samples: int,
+    prefix: str,
 ) -> ShardResult:
     """Generate a shard step by step, in an engine that has nothing else. Rows known to break engines fail untried."""
     parts: dict[int, ShardResult] = {}
@@ -77,7 +78,7 @@ def generate_in_steps(
     ordered = [part for _, part in sorted(parts.items())]
     table = pa.concat_tables([part.table for part in ordered]).combine_chunks()
     num_copied_rows = sum(part.stats.num_copied_rows for part in ordered)
-    stats = table_stats(table, num_samples=num_samples, num_copied_rows=num_copied_rows)
+    stats = table_stats(table, num_samples=num_samples, prefix=prefix, num_copied_rows=num_copied_rows)
     return ShardResult(key=shard.key, table=table, stats=stats)
 
 
