@@ -16,7 +16,7 @@ from dspark_batch.job.loader import load_config
 
 ROOT = Path(__file__).parents[1]
 SECTIONS = {"engine": EngineSection, "speculation": SpeculationSection, "limits": LimitsSection}
-CONFIG_KEY = re.compile(rf"(?<![\w./-])({'|'.join(SECTIONS)})\.([a-z_]+)\b(?![.(])")
+CONFIG_KEY = re.compile(rf"(?<![\w./-])({'|'.join(SECTIONS)})\.(?!json\b)([a-z_]+)\b(?![.(])")
 CONFIGS = sorted(file for file in (ROOT / "configs").rglob("*.yaml") if not file.name.startswith("train_"))
 
 
