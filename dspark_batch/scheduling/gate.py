@@ -19,7 +19,6 @@ _PROBED_ROWS_TO_JUDGE = 16
 _PROBE_MEMORY = 4
 _PROMISING = 0.02
 _MUCH = 0.2
-_CLEAR = 0.05
 _ROW_ROUNDS_TO_JUDGE = 16
 _FEWEST_ROUNDS = 6
 _ROUNDS_TO_RELY_ON = 2
@@ -65,8 +64,8 @@ class Gate:
 
     @property
     def pays(self) -> bool:
-        """Whether drafting was seen to save so much that not every round has to be judged."""
-        return self.is_open and self.saved > _CLEAR and self.num_rounds >= _ROUNDS_TO_RELY_ON
+        """Whether drafting was seen to save time, so that not every round has to be planned and judged by itself."""
+        return self.is_open and self.saved > 0.0 and self.num_rounds >= _ROUNDS_TO_RELY_ON
 
     def rests(self) -> bool:
         """Whether the gate is closed and its pause takes this round; call at most once for a round."""
