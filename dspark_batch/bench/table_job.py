@@ -29,6 +29,7 @@ from dspark_batch.bench.options import (
     Repeats,
     Rows,
     Target,
+    Threads,
     run_module,
     write_json,
 )
@@ -50,7 +51,8 @@ _FACTORY = "dspark_batch.bench.table_job:noted_engine"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setup:
-    """What is measured. target: a model's name or path. backend: of the job. shard_rows: rows of a shard."""
+    """What is measured. target: a model's name or path. backend: of the job. shard_rows: rows of a shard. threads: of the
+    engine, on both sides; None: every core, which leaves none to Ray."""
 
     num_rows: int
     num_repeats: int
@@ -59,6 +61,7 @@ class Setup:
     drafter: str = "auto"
     backend: str = "ray"
     shard_rows: int = 128
+    threads: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,13 +89,14 @@ def noted_engine(config: EngineConfig) -> BatchEngine:
 
 def job_values(setup: Setup, *, folder: Path, name: str) -> dict[str, Any]:
     """The job's config; its table and its output lie in ``folder``."""
+    threads = setup.threads or len(os.sched_getaffinity(0))
     return {
         "model": {"target": setup.target},
         "speculation": {"drafter": setup.drafter},
         "input": {"path": str(folder / "rows.parquet"), "id": "id"},
         "prompt": {"template": TEMPLATE},
         "sampling": {"max_new_tokens": setup.max_new_tokens},
-        "engine": {"backend": setup.backend, "kv_cache_gib": KV_CACHE_GIB, "threads": len(os.sched_getaffinity(0))},
+        "engine": {"backend": setup.backend, "kv_cache_gib": KV_CACHE_GIB, "threads": threads},
         "shards": {"rows": setup.shard_rows},
         "output": {"path": str(folder / name), "column": "text"},
     }
@@ -195,10 +199,18 @@ def command(
     max_new_tokens: MaxNewTokens = 32,
     target: Target = DEFAULT_TARGET,
     drafter: Annotated[str, typer.Option(help="The same on both sides.")] = "auto",
+    threads: Threads = None,
     as_json: AsJson = False,
 ) -> None:
     """A table job on one Ray actor against the bare engine on the same rows, in turns."""
-    setup = Setup(num_rows=rows, num_repeats=repeats, max_new_tokens=max_new_tokens, target=target, drafter=drafter)
+    setup = Setup(
+        num_rows=rows,
+        num_repeats=repeats,
+        max_new_tokens=max_new_tokens,
+        target=target,
+        drafter=drafter,
+        threads=threads,
+    )
     with TemporaryDirectory(prefix="dspark-batch-bench-") as folder:
         result = compare(setup, folder=Path(folder))
     sys.stdout.write(format_result(result) + "\n")
