@@ -51,8 +51,8 @@ _FACTORY = "dspark_batch.bench.table_job:noted_engine"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setup:
-    """What is measured. target: a model's name or path. backend: of the job. shard_rows: rows of a shard. threads: of the
-    engine, on both sides; None: every core, which leaves none to Ray."""
+    """What is measured. target: a model's name or path. backend: of the job. shard_rows: rows of a shard. threads: of
+    the engine, on both sides; None: every core, which leaves none to Ray."""
 
     num_rows: int
     num_repeats: int
