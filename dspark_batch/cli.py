@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
+import threading
 from pathlib import Path
 from typing import Annotated
 
@@ -243,7 +245,13 @@ def _run(
 
 def main() -> None:
     """Entry point of the console script."""
-    sys.exit(run_cli())
+    code = run_cli()
+    if any(thread.name.startswith("dspark-batch") for thread in threading.enumerate()):
+        # Given up in native code, as where a model loads: it would abort the process as the interpreter ends.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def _complain(*lines: str) -> None:

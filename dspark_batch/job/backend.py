@@ -33,6 +33,6 @@ class Backend(Protocol):
         """What these engines warned of so far, each text once, in order."""
         ...
 
-    def stop(self) -> None:
-        """Begin no further shard. Those that run go on to their commit."""
+    def stop(self) -> bool:
+        """Begin no further shard. Those that run go on to their commit. False: none has begun, nothing is lost."""
         ...

@@ -56,6 +56,7 @@ def drive(
     Raises whatever ended the backend.
     """
     if stop.is_asked():
+        say_nothing_began(report, stop)
         return Ending.SIGNAL
     ending = Ending.DONE
     deadline_s: float | None = None
@@ -71,7 +72,9 @@ def drive(
         if deadline_s is None and stop.is_asked():
             deadline_s = clock() + grace_s
             ending = Ending.SIGNAL
-            backend.stop()
+            if not backend.stop():
+                say_nothing_began(report, stop)
+                return ending
             report.say(
                 f"{stop.signal_name}: beginning no more shards; those that run get {grace_s:.0f} s to commit "
                 "(once more to end at once)"
@@ -85,6 +88,11 @@ def drive(
     if ending is not Ending.DONE and done.num_shards == len(shards):
         return Ending.DONE
     return ending
+
+
+def say_nothing_began(report: ProgressReport, stop: StopRequest) -> None:
+    """Acknowledge a signal that came before anything was decoded."""
+    report.say(f"{stop.signal_name}: no shard has begun, ending now (once more to end at once)")
 
 
 def bound_reached(whole: Totals, bounds: Bounds) -> Ending:

@@ -65,10 +65,11 @@ class LocalBackend:
         """See ``Backend.warnings``."""
         return self._warnings()
 
-    def stop(self) -> None:
+    def stop(self) -> bool:
         """See ``Backend.stop``."""
         self._stopped = True
         self._waiting.clear()
+        return True
 
     def _run_threads(self) -> Iterator[ManifestEntry | None]:
         """Until no shard waits or the engine broke, and no thread runs."""

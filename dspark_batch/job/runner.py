@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, TextIO
 
 from dspark_batch.job.backend import Backend
 from dspark_batch.job.config import ConfigLike
-from dspark_batch.job.drive import Bounds, Ending, bound_reached, drive
+from dspark_batch.job.drive import Bounds, Ending, bound_reached, drive, say_nothing_began
 from dspark_batch.job.loader import dump_config
 from dspark_batch.job.local import LocalBackend
 from dspark_batch.job.outcome import Outcome, Totals
 from dspark_batch.job.prepare import PreparedRun, Remaining, prepare, remaining
 from dspark_batch.job.progress import Work, progress_report
-from dspark_batch.job.signals import StopRequest
+from dspark_batch.job.signals import StoppedEarlyError, StopRequest, made_unless_stopped
 from dspark_batch.job.summary import Finished, describe, ending_outcome, exit_code, nothing_to_do
 from dspark_batch.provenance import device_facts
 
@@ -112,7 +112,13 @@ def _work(
     with ExitStack() as stack:
         report = stack.enter_context(progress_report(work, stream=stream))
         report.say(f"{work.num_rows} rows in {work.num_shards} shards to do; loading {run.config.model.target}")
-        backend = stack.enter_context(_backend(run, num_shards=work.num_shards, retry_failed=retry_failed))
+        try:
+            backend = stack.enter_context(
+                _backend(run, num_shards=work.num_shards, retry_failed=retry_failed, stop=stop)
+            )
+        except StoppedEarlyError:
+            say_nothing_began(report, stop)
+            return Finished(run=run, ending=Ending.SIGNAL, done=done, whole=whole, elapsed_s=0.0)
         stop.take_signals()
         start_s = time.monotonic()
         ending = drive(backend, left.shards, done=done, whole=whole, bounds=bounds, report=report, stop=stop)
@@ -121,7 +127,7 @@ def _work(
 
 
 @contextmanager
-def _backend(run: PreparedRun, *, num_shards: int, retry_failed: bool) -> Iterator[Backend]:
+def _backend(run: PreparedRun, *, num_shards: int, retry_failed: bool, stop: StopRequest) -> Iterator[Backend]:
     from dspark_batch.batch.executor import WorkerSpec
 
     spec = WorkerSpec(
@@ -137,7 +143,7 @@ def _backend(run: PreparedRun, *, num_shards: int, retry_failed: bool) -> Iterat
     if run.config.engine.backend == "local":
         from dspark_batch.batch.restart import RestartingExecutor
 
-        with RestartingExecutor(spec) as executor:
+        with made_unless_stopped(lambda: RestartingExecutor(spec), stop=stop) as executor:
             yield LocalBackend(
                 executor.run,
                 live=executor.live,

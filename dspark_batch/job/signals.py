@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import signal
 import threading
+from collections.abc import Callable
+from concurrent.futures import Future, wait
 from types import FrameType, TracebackType
-from typing import Any, Self
+from typing import Any, Protocol, Self, TypeVar
+
+from dspark_batch.job.backend import TICK_S
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -46,3 +50,40 @@ class StopRequest:
         if self._name is not None:
             raise KeyboardInterrupt
         self._name = signal.Signals(number).name
+
+
+class StoppedEarlyError(Exception):
+    """A signal asked to stop before any shard began."""
+
+
+class Closable(Protocol):
+    def close(self) -> None: ...
+
+
+_Made = TypeVar("_Made", bound=Closable)
+
+
+def made_unless_stopped(make: Callable[[], _Made], *, stop: StopRequest) -> _Made:
+    """What ``make`` gives or raises, unless ``stop`` is asked for meanwhile: StoppedEarlyError.
+
+    It is made on a daemon thread, since loading a model cannot be broken off; what comes out after a stop is closed.
+    """
+    made: Future[_Made] = Future()
+
+    def work() -> None:
+        try:
+            made.set_result(make())
+        except BaseException as error:
+            made.set_exception(error)
+
+    threading.Thread(target=work, name="dspark-batch-load", daemon=True).start()
+    while not wait([made], timeout=TICK_S).done:
+        if stop.is_asked():
+            made.add_done_callback(_close)
+            raise StoppedEarlyError
+    return made.result()
+
+
+def _close(made: Future[Any]) -> None:
+    if made.exception() is None:
+        made.result().close()

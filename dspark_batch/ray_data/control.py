@@ -44,6 +44,7 @@ class JobControl(FaultLog):
         super().__init__(num_engines=num_actors)
         self._failure: Failure | None = None
         self._stopping = False
+        self._has_begun = False
         self._live: dict[str, LiveCounts] = {}
 
     def begin_worker(self) -> bool:
@@ -53,7 +54,10 @@ class JobControl(FaultLog):
 
     def begin_shard(self, shard: str) -> Trial | None:
         """How an actor tries its next shard; None where it must not begin any."""
-        trial = None if self._stopping else self.begin(shard)
+        if self._stopping:
+            return None
+        trial = self.begin(shard)
+        self._has_begun = True
         return trial if self._goes_on() else None
 
     def fail(self, failure: Failure) -> None:
@@ -61,9 +65,10 @@ class JobControl(FaultLog):
         if self._failure is None:
             self._failure = failure
 
-    def stop(self) -> None:
-        """Begin no further shard."""
+    def stop(self) -> bool:
+        """Begin no further shard; whether any has begun."""
         self._stopping = True
+        return self._has_begun
 
     def note_live(self, worker: str, counts: LiveCounts) -> None:
         """What an actor's engine has produced so far; replaces what it told before."""

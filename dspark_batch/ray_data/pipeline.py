@@ -69,9 +69,10 @@ class RayBackend:
         """What the engines of all actors warned of so far, each text once, in order."""
         return self._warnings
 
-    def stop(self) -> None:
-        """Begin no further shard. Those that run go on to their commit."""
-        ray.get(self._control.stop.remote())
+    def stop(self) -> bool:
+        """Begin no further shard. Those that run go on to their commit. False: none has begun."""
+        has_begun: bool = ray.get(self._control.stop.remote())
+        return has_begun
 
     def _raise_failure(self, records: Iterator[ManifestEntry | BaseException | None]) -> None:
         """Raise what ended the job. The stream is let run out before, as no further shard begins: Ray's threads would

@@ -82,9 +82,10 @@ class SparkBackend:
         """None: they are in the logs of the executors."""
         return ()
 
-    def stop(self) -> None:
-        """Begin no further shard. Those that run go on to their commit."""
+    def stop(self) -> bool:
+        """Begin no further shard. Those that run go on to their commit; whether any does is not known here."""
         self._store.write_meta(_stop_name(self._spec.run_id), "stop\n")
+        return True
 
     def _tasks(self, shards: Sequence[Shard]) -> DataFrame:
         num_tasks = min(len(shards), num_engines(self._session, self._spec))

@@ -84,6 +84,21 @@ def test_an_interrupted_run_says_that_it_can_go_on(capsys: Capture, monkeypatch:
     assert "the same command goes on" in capsys.readouterr().err
 
 
+def test_a_load_that_was_left_does_not_disturb_the_end_of_the_process() -> None:
+    """Python would end it in the midst of native code, which aborts the process."""
+    code = (
+        "import atexit, sys, threading, time\n"
+        "from dspark_batch.cli import main\n"
+        "atexit.register(print, 'unwound')\n"
+        "threading.Thread(target=time.sleep, args=(60,), name='dspark-batch-load', daemon=True).start()\n"
+        "sys.argv = ['dspark-batch', 'run', 'no/such.yaml']\n"
+        "main()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout) == (ExitCode.BAD_CONFIG, "")
+    assert "cannot be read" in done.stderr
+
+
 def test_importing_the_package_and_the_command_line_loads_nothing_heavy() -> None:
     assert loaded_after("import dspark_batch, dspark_batch.cli, dspark_batch.job.runner, dspark_batch.ray_data") == []
 

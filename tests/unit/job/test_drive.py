@@ -17,7 +17,7 @@ from dspark_batch.job.drive import Bounds, Ending, drive
 from dspark_batch.job.local import LocalBackend
 from dspark_batch.job.outcome import Totals
 from dspark_batch.job.progress import LineReport, Work
-from dspark_batch.job.signals import StopRequest
+from dspark_batch.job.signals import StoppedEarlyError, StopRequest, made_unless_stopped
 
 NO_BOUNDS = Bounds(max_failed_rows=1e9, max_generated_tokens=None)
 
@@ -48,6 +48,7 @@ class ScriptedBackend:
         self._num_running = num_running
         self._on_step = on_step or (lambda step: None)
         self.is_stopped = False
+        self.has_begun = True
 
     def run(self, shards: Sequence[Any]) -> Iterator[Any]:
         left = len(shards)
@@ -68,8 +69,9 @@ class ScriptedBackend:
     def warnings(self) -> Sequence[str]:
         return ("kernels are off",)
 
-    def stop(self) -> None:
+    def stop(self) -> bool:
         self.is_stopped = True
+        return self.has_begun
 
 
 def run(backend: Any, num_shards: int, **options: Any) -> tuple[Ending, Totals, str]:
@@ -228,3 +230,47 @@ def test_the_local_backend_raises_what_a_shard_raised() -> None:
 
     with pytest.raises(EngineError, match="broken"):
         list(LocalBackend(run_shard, live=LiveCounts, shards_in_flight=2).run(range(1, 9)))  # type: ignore[arg-type]
+
+
+def test_a_signal_before_any_shard_began_ends_at_once() -> None:
+    backend, stop = backend_with_signal(50)
+    backend.has_begun = False
+    ending, done, text = run(backend, 50, stop=stop)
+    assert ending is Ending.SIGNAL
+    assert done.num_shards <= 1
+    assert "SIGTERM: no shard has begun, ending now" in text
+
+
+class Loaded:
+    """What a load gives, and whether it was closed."""
+
+    def __init__(self) -> None:
+        self.closed = threading.Event()
+
+    def close(self) -> None:
+        self.closed.set()
+
+
+def test_a_load_that_a_signal_interrupts_is_left_and_closed_when_it_ends() -> None:
+    stop, goes_on, loaded = StopRequest(), threading.Event(), Loaded()
+
+    def load() -> Loaded:
+        stop._receive(2, None)
+        goes_on.wait(10)
+        return loaded
+
+    with pytest.raises(StoppedEarlyError):
+        made_unless_stopped(load, stop=stop)
+    assert not loaded.closed.is_set()
+    goes_on.set()
+    assert loaded.closed.wait(10)
+
+
+def test_a_load_gives_what_it_made_or_raises_what_it_raised() -> None:
+    def fail() -> Loaded:
+        raise EngineError("no room")
+
+    loaded = Loaded()
+    assert made_unless_stopped(lambda: loaded, stop=StopRequest()) is loaded
+    with pytest.raises(EngineError, match="no room"):
+        made_unless_stopped(fail, stop=StopRequest())

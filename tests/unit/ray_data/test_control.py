@@ -31,9 +31,17 @@ def test_a_commit_resets_the_bound() -> None:
 def test_no_shard_begins_after_a_stop() -> None:
     control = JobControl(num_actors=1)
     assert control.begin_shard("a") is not None
-    control.stop()
+    assert control.stop(), "a shard has begun"
     assert control.begin_shard("b") is None
     assert control.status().failure is None
+
+
+def test_a_stop_tells_that_no_shard_has_begun() -> None:
+    control = JobControl(num_actors=1)
+    assert control.begin_worker()
+    assert not control.stop()
+    assert control.begin_shard("a") is None
+    assert not control.stop()
 
 
 def test_the_first_failure_is_kept() -> None:
