@@ -54,7 +54,10 @@ def run(
             config, overrides or [], dry_run=dry_run, preview=preview, retry_failed=retry_failed, verify=verify
         )
     except KeyboardInterrupt:
-        _complain("ended at once; committed shards stay, and the same command goes on from there")
+        if dry_run or preview is not None:
+            _complain("ended at once; nothing was written")
+        else:
+            _complain("ended at once; committed shards stay, and the same command goes on from there")
         raise typer.Exit(ExitCode.FATAL) from None
     print(outcome.text)
     raise typer.Exit(outcome.code)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import sys
 import textwrap
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 from dspark_batch.core import Request, RowError
 from dspark_batch.job.config import ConfigLike
 from dspark_batch.job.loader import absolute_paths, load_config
 from dspark_batch.job.outcome import ExitCode, Outcome
 from dspark_batch.job.prepare import check_columns
+from dspark_batch.job.progress import counted
 from dspark_batch.job.summary import format_rows, shown_columns
 
 if TYPE_CHECKING:
@@ -21,8 +23,10 @@ if TYPE_CHECKING:
 NUM_PROMPTS = 3
 
 
-def preview_job(config: ConfigLike, *, overrides: Sequence[str] = (), num_rows: int) -> Outcome:
-    """Generate the first ``num_rows`` rows of the input and show them.
+def preview_job(
+    config: ConfigLike, *, overrides: Sequence[str] = (), num_rows: int, progress: TextIO | None = None
+) -> Outcome:
+    """Generate the first ``num_rows`` rows of the input and show them. Progress goes to stderr unless given.
 
     The output is neither written nor looked at, so that prompts can be tried beside a run. Raises as ``run_job``.
     """
@@ -37,6 +41,8 @@ def preview_job(config: ConfigLike, *, overrides: Sequence[str] = (), num_rows: 
     check_columns(job, plan)
     reader = ShardReader(job, plan_schema=plan.schema)
     shard = _first_rows(plan, reader.read, num_rows=num_rows)
+    stream = progress or sys.stderr
+    _say(stream, f"loading {job.model.target}")
     engine = make_engine(job.engine_config(), factory=configured_factory())
     try:
         renderer = PromptRenderer(
@@ -47,13 +53,22 @@ def preview_job(config: ConfigLike, *, overrides: Sequence[str] = (), num_rows: 
         )
         prompts = renderer.render_table(shard.table.slice(0, NUM_PROMPTS), ids=shard.ids[:NUM_PROMPTS])
         lines = list(map(_show_prompt, shard.ids, _as_the_model_gets_them(prompts, engine)))
+        _say(stream, f"generating {counted(len(shard.ids), 'row')}")
         worker = BatchWorker(engine, config=job, input_schema=reader.schema)
         result = next(iter(worker.run_shards([shard])))
     finally:
         engine.close()
         reader.close()
-    lines += [f"{result.stats.num_rows} generated rows:", *format_rows(result.table, columns=shown_columns(job, plan))]
+    lines += [
+        f"{counted(result.stats.num_rows, 'generated row')}:",
+        *format_rows(result.table, columns=shown_columns(job, plan)),
+    ]
     return Outcome(code=ExitCode.OK, text="\n".join(lines))
+
+
+def _say(stream: TextIO, text: str) -> None:
+    stream.write(text + "\n")
+    stream.flush()
 
 
 def _as_the_model_gets_them(

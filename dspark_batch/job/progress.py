@@ -93,6 +93,15 @@ def format_progress(work: Work, progress: Progress, *, elapsed_s: float) -> str:
     return " · ".join(parts)
 
 
+def counted(count: int, noun: str) -> str:
+    """``1 row``, ``2 rows``."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
+def rows_in_shards(num_rows: int, num_shards: int) -> str:
+    return f"{counted(num_rows, 'row')} in {counted(num_shards, 'shard')}"
+
+
 def format_duration(seconds: float) -> str:
     """``42s``, ``3m 05s``, ``2h 07m``."""
     whole = max(0, round(seconds))

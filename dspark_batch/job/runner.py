@@ -15,7 +15,7 @@ from dspark_batch.job.loader import dump_config
 from dspark_batch.job.local import LocalBackend
 from dspark_batch.job.outcome import Outcome, Totals
 from dspark_batch.job.prepare import PreparedRun, Remaining, prepare, remaining
-from dspark_batch.job.progress import Work, progress_report
+from dspark_batch.job.progress import Work, progress_report, rows_in_shards
 from dspark_batch.job.signals import StoppedEarlyError, StopRequest, made_unless_stopped
 from dspark_batch.job.summary import Finished, describe, ending_outcome, exit_code, nothing_to_do
 from dspark_batch.provenance import device_facts
@@ -111,7 +111,7 @@ def _work(
     done, whole = Totals(), left.totals
     with ExitStack() as stack:
         report = stack.enter_context(progress_report(work, stream=stream))
-        report.say(f"{work.num_rows} rows in {work.num_shards} shards to do; loading {run.config.model.target}")
+        report.say(f"{rows_in_shards(work.num_rows, work.num_shards)} to do; loading {run.config.model.target}")
         try:
             backend = stack.enter_context(
                 _backend(run, num_shards=work.num_shards, retry_failed=retry_failed, stop=stop)

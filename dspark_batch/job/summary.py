@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -11,7 +12,7 @@ from dspark_batch.job.config import JobConfig
 from dspark_batch.job.drive import Ending
 from dspark_batch.job.outcome import ExitCode, Outcome, Totals
 from dspark_batch.job.prepare import PreparedRun, Remaining
-from dspark_batch.job.progress import format_duration
+from dspark_batch.job.progress import counted, format_duration, rows_in_shards
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
 
 NUM_SAMPLE_ROWS = 3
 MAX_CELL_CHARS = 100
+MAX_ERROR_CHARS = 240
+
+_UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,7 +50,7 @@ def ending_outcome(finished: Finished) -> Outcome:
 def nothing_to_do(run: PreparedRun, whole: Totals) -> Outcome:
     """The outcome of a run that was complete before it began."""
     lines = [
-        f"nothing to do: all {whole.num_rows} rows in {whole.num_shards} shards are committed",
+        f"nothing to do: all {rows_in_shards(whole.num_rows, whole.num_shards)} are committed",
         *_failures(run, whole),
         f"output: {run.config.output.path}",
     ]
@@ -57,8 +61,11 @@ def describe(run: PreparedRun, left: Remaining) -> Outcome:
     """The outcome of a dry run."""
     config = run.config
     facts = {
-        "input": f"{run.plan.num_rows} rows in {len(run.plan.files)} files, {len(run.plan.shards)} shards",
-        "to do": f"{sum(shard.num_rows for shard in left.shards)} rows in {len(left.shards)} shards",
+        "input": (
+            f"{counted(run.plan.num_rows, 'row')} in {counted(len(run.plan.files), 'file')}, "
+            f"{counted(len(run.plan.shards), 'shard')}"
+        ),
+        "to do": rows_in_shards(sum(shard.num_rows for shard in left.shards), len(left.shards)),
         "model": config.model.target,
         "drafter": f"{config.speculation.drafter}, verification {config.speculation.verification}",
         "backend": config.engine.backend,
@@ -103,7 +110,7 @@ def _headline(finished: Finished) -> str:
     progress = f"{whole.num_rows} of {run.plan.num_rows} rows are committed"
     match finished.ending:
         case Ending.DONE:
-            return f"done: {whole.num_rows} rows in {whole.num_shards} shards"
+            return f"done: {rows_in_shards(whole.num_rows, whole.num_shards)}"
         case Ending.SIGNAL:
             return f"stopped by a signal: {progress}; the same command goes on from here"
         case Ending.GRACE_OVER:
@@ -125,8 +132,9 @@ def _work_done(finished: Finished) -> list[str]:
         return []
     speed = done.num_generated_tokens / finished.elapsed_s if finished.elapsed_s > 0 else 0.0
     line = (
-        f"this run: {done.num_rows} rows in {done.num_shards} shards, {done.num_generated_tokens} tokens "
-        f"in {format_duration(finished.elapsed_s)} ({speed:,.0f} tokens/s)"
+        f"this run: {rows_in_shards(done.num_rows, done.num_shards)}, "
+        f"{counted(done.num_generated_tokens, 'token')} in {format_duration(finished.elapsed_s)} "
+        f"({speed:,.0f} tokens/s)"
     )
     if done.accepted_length is not None:
         line += f", accepted length {done.accepted_length:.2f}"
@@ -134,7 +142,8 @@ def _work_done(finished: Finished) -> list[str]:
         return [line]
     speculation = finished.run.config.speculation
     held = 100 * done.num_accepted_tokens / done.num_drafted_tokens
-    drafted = f"drafter {speculation.drafter}: {done.num_drafted_tokens} tokens drafted, {held:.0f} % of them accepted"
+    num_drafted = counted(done.num_drafted_tokens, "token")
+    drafted = f"drafter {speculation.drafter}: {num_drafted} drafted, {held:.0f} % of them accepted"
     if speculation.schedule == "auto":
         drafted += "; where drafting does not pay, rounds go without"
     return [line, drafted]
@@ -173,6 +182,13 @@ def _cell(name: str, value: object) -> str:
 
     if isinstance(value, UnreadableValue):
         return f"{name}=<{value.error.message}>"
-    is_plain = not isinstance(value, Mapping | list | str)
-    text = str(value) if is_plain else json.dumps(value, ensure_ascii=False, default=str)
-    return f"{name}={text if len(text) <= MAX_CELL_CHARS else text[: MAX_CELL_CHARS - 1] + '…'}"
+    if isinstance(value, Mapping) and value.keys() >= {"code", "message", "retryable"}:
+        return f"{name}={_one_line('{code}: {message}'.format_map(value), limit=MAX_ERROR_CHARS)}"
+    text = json.dumps(value, ensure_ascii=False, default=str) if isinstance(value, Mapping | list) else str(value)
+    return f"{name}={_one_line(text, limit=MAX_CELL_CHARS)}"
+
+
+def _one_line(text: str, *, limit: int) -> str:
+    """Line breaks and what a terminal would obey shown as escapes; cut to ``limit`` characters."""
+    start = _UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode(), text[: limit + 1])
+    return start if len(start) <= limit else start[: limit - 1] + "…"

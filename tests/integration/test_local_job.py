@@ -46,7 +46,7 @@ def test_every_input_row_comes_out_once_with_its_columns_and_a_summary(job: Job,
     assert "accepted length 1.00" in out
     assert "% of them accepted" in out
     assert f"output: {job.out}" in out
-    assert '  id="r0" | answer=' in out
+    assert "  id=r0 | answer=" in out
     assert "rows 47/47 (100 %)" in err
 
 
@@ -358,10 +358,11 @@ def test_retry_failed_with_samples_keeps_the_rows_together(job: Job, monkeypatch
 
 def test_preview_shows_prompts_and_rows_and_writes_nothing(job: Job, capsys: Capture) -> None:
     assert run_cli(["run", job.write(), "--preview", "10"]) == ExitCode.OK
-    out = capsys.readouterr().out
+    out, err = capsys.readouterr()
+    assert err == "loading smollm2-135m\ngenerating 10 rows\n"
     assert "prompt of row r0, 3 tokens:\n  Say text 0" in out
     assert "10 generated rows:" in out
-    assert '  id="r9" | answer=' in out
+    assert "  id=r9 | answer=" in out
     assert not job.out.exists()
 
 
@@ -372,7 +373,7 @@ def test_preview_looks_at_no_output(job: Job, capsys: Capture) -> None:
     for more in ([], ["output.mode=error"], ["output.mode=overwrite"], ["prompt.template=Shout {{ text }}"]):
         capsys.readouterr()
         assert run_cli(["run", job.write(), *more, "--preview", "2"]) == ExitCode.OK
-        assert "1 generated rows:" in capsys.readouterr().out
+        assert "1 generated row:" in capsys.readouterr().out
     assert run_cli(["run", job.write(), "prompt.template={{ txt }}", "--preview", "2"]) == ExitCode.BAD_CONFIG
     assert job.parts() == before
 
@@ -394,7 +395,7 @@ def test_dry_run_counts_rows_and_shards_and_writes_nothing(
     monkeypatch.setenv(ENGINE_FACTORY_VARIABLE, REFUSING)
     assert run_cli(["run", job.write(), "--dry-run"]) == ExitCode.OK
     out = capsys.readouterr().out
-    assert "47 rows in 1 files, 8 shards" in out
+    assert "47 rows in 1 file, 8 shards" in out
     assert "fingerprint" in out
     assert not job.out.exists()
 
