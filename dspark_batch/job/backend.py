@@ -29,6 +29,10 @@ class Backend(Protocol):
         """What the engines of this backend have produced so far, committed or not."""
         ...
 
+    def is_at_work(self) -> bool:
+        """Whether a shard has begun, as far as is known here; models load before."""
+        ...
+
     def warnings(self) -> Sequence[str]:
         """What these engines warned of so far, each text once, in order."""
         ...

@@ -65,7 +65,8 @@ def drive(
         if entry is not None:
             done.add(entry.stats)
             whole.add(entry.stats)
-        report.update(done, backend.live())
+        if backend.is_at_work():
+            report.update(done, backend.live())
         for warning in backend.warnings()[num_told:]:
             report.say(f"warning: {warning}")
             num_told += 1

@@ -61,6 +61,10 @@ class LocalBackend:
         """See ``Backend.live``."""
         return self._live()
 
+    def is_at_work(self) -> bool:
+        """See ``Backend.is_at_work``."""
+        return True
+
     def warnings(self) -> Sequence[str]:
         """See ``Backend.warnings``."""
         return self._warnings()

@@ -29,6 +29,7 @@ class Work:
     num_rows: int
     num_shards: int
     num_samples_per_row: int = 1
+    max_tokens_per_row: int
 
 
 class ProgressReport(Protocol):
@@ -79,16 +80,70 @@ class Progress:
         )
 
 
-def format_progress(work: Work, progress: Progress, *, elapsed_s: float) -> str:
+class Rate:
+    """How fast a count grows since it was first noted."""
+
+    def __init__(self) -> None:
+        self._first: tuple[int, float] | None = None
+        self._last = (0, 0.0)
+
+    def note(self, count: int, *, now_s: float) -> None:
+        """What the count is at ``now_s``."""
+        self._last = (count, now_s)
+        if self._first is None:
+            self._first = self._last
+
+    @property
+    def per_s(self) -> float | None:
+        """None until it was seen twice."""
+        if self._first is None:
+            return None
+        (first, first_s), (last, last_s) = self._first, self._last
+        return (last - first) / (last_s - first_s) if last_s > first_s else None
+
+
+class Pace:
+    """Tokens per second of a run since it was first noted, and the time that it will still take.
+
+    Rows are counted from the first that came out, as those beside it in the batch are then half done, like later on;
+    and no row is taken to be longer than it may be.
+    """
+
+    def __init__(self, work: Work) -> None:
+        self._work = work
+        self._tokens = Rate()
+        self._rows = Rate()
+
+    def note(self, progress: Progress, *, now_s: float) -> None:
+        """How far the run is at ``now_s``."""
+        self._tokens.note(progress.num_generated_tokens, now_s=now_s)
+        if progress.num_rows:
+            self._rows.note(progress.num_rows, now_s=now_s)
+
+    @property
+    def tokens_per_s(self) -> float | None:
+        return self._tokens.per_s
+
+    def left_s(self, progress: Progress) -> float | None:
+        """Time that the rows which are left will take; None where nothing tells yet."""
+        num_left = progress.num_work_rows - progress.num_rows
+        if not num_left and progress.num_rows:
+            return 0.0
+        most = progress.num_work_rows * self._work.max_tokens_per_row - progress.num_generated_tokens
+        guesses = ((num_left, self._rows.per_s), (most, self._tokens.per_s))
+        return min((count / per_s for count, per_s in guesses if count >= 0 and per_s), default=None)
+
+
+def format_progress(work: Work, progress: Progress, pace: Pace) -> str:
     """Shards, tokens/s, accepted length, failures and time left, in one line."""
     parts = [f"shards {progress.num_shards}/{work.num_shards}"]
-    if elapsed_s > 0:
-        parts.append(f"{progress.num_generated_tokens / elapsed_s:,.0f} tokens/s")
+    if pace.tokens_per_s is not None:
+        parts.append(f"{pace.tokens_per_s:,.0f} tokens/s")
     if progress.num_rounds:
         parts.append(f"accepted length {progress.num_generated_tokens / progress.num_rounds:.2f}")
     parts.append(f"failed {progress.num_failed_rows}")
-    if progress.num_rows:
-        left_s = elapsed_s * (progress.num_work_rows - progress.num_rows) / progress.num_rows
+    left_s = pace.left_s(progress)
+    if left_s is not None:
         parts.append(f"left {format_duration(left_s)}")
     return " · ".join(parts)
 
@@ -128,6 +183,7 @@ class LineReport:
         self._interval_s = interval_s
         self._clock = clock
         self._start_s = self._written_s = clock()
+        self._pace = Pace(work)
         self._unwritten: Progress | None = None
         self._written: Progress | None = None
 
@@ -143,6 +199,7 @@ class LineReport:
     def update(self, totals: Totals, live: LiveCounts) -> None:
         self._unwritten = Progress.of(self._work, totals, live)
         now_s = self._clock()
+        self._pace.note(self._unwritten, now_s=now_s)
         wait_s = max(self._interval_s, min(LONGEST_LINE_INTERVAL_S, _INTERVAL_SHARE * (now_s - self._start_s)))
         if self._unwritten == self._written:
             wait_s = LONGEST_LINE_INTERVAL_S
@@ -157,7 +214,7 @@ class LineReport:
         self._written_s = self._clock()
         self._unwritten, self._written = None, progress
         percent = 100 * progress.num_rows // progress.num_work_rows if progress.num_work_rows else 100
-        line = format_progress(self._work, progress, elapsed_s=self._written_s - self._start_s)
+        line = format_progress(self._work, progress, self._pace)
         self.say(f"rows {progress.num_rows}/{progress.num_work_rows} ({percent} %) · {line}")
 
 
@@ -167,7 +224,7 @@ class BarReport:
     def __init__(self, work: Work, *, console: Console, clock: Callable[[], float] = time.monotonic) -> None:
         self._work = work
         self._clock = clock
-        self._start_s = clock()
+        self._pace = Pace(work)
         self._bar = Bar(
             TextColumn("rows {task.completed:.0f}/{task.total:.0f}"),
             BarColumn(),
@@ -187,7 +244,8 @@ class BarReport:
 
     def update(self, totals: Totals, live: LiveCounts) -> None:
         progress = Progress.of(self._work, totals, live)
-        line = format_progress(self._work, progress, elapsed_s=self._clock() - self._start_s)
+        self._pace.note(progress, now_s=self._clock())
+        line = format_progress(self._work, progress, self._pace)
         self._bar.update(self._task, completed=progress.num_rows, total=progress.num_work_rows, description=line)
 
     def say(self, message: str) -> None:

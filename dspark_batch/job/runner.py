@@ -107,6 +107,7 @@ def _work(
         num_rows=sum(shard.num_rows for shard in left.shards),
         num_shards=len(left.shards),
         num_samples_per_row=run.config.sampling.n,
+        max_tokens_per_row=run.config.sampling.n * run.config.sampling.max_new_tokens,
     )
     done, whole = Totals(), left.totals
     with ExitStack() as stack:

@@ -25,10 +25,11 @@ class Failure:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Status:
-    """The failure that ended the job, if any, what all engines have produced, those that ended included, and what they
-    warned of."""
+    """The failure that ended the job, if any, whether a shard has begun, what all engines have produced, those that
+    ended included, and what they warned of."""
 
     failure: Failure | None
+    has_begun: bool
     live: LiveCounts
     warnings: tuple[str, ...]
 
@@ -77,7 +78,7 @@ class JobControl(FaultLog):
     def status(self) -> Status:
         """What the driver asks for several times a second."""
         live = sum(self._live.values(), start=LiveCounts())
-        return Status(failure=self._failure, live=live, warnings=tuple(self.warnings))
+        return Status(failure=self._failure, has_begun=self._has_begun, live=live, warnings=tuple(self.warnings))
 
     def _goes_on(self) -> bool:
         if self.end_reason is not None:

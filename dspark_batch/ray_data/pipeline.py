@@ -43,6 +43,7 @@ class RayBackend:
         self._section = section
         self._share = actor_share(section, device=device)
         self._live = LiveCounts()
+        self._is_at_work = False
         self._warnings: tuple[str, ...] = ()
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         control = ray.remote(num_cpus=0, scheduling_strategy=here)(JobControl)
@@ -65,6 +66,10 @@ class RayBackend:
         """What the engines of all actors have produced so far, committed or not."""
         return self._live
 
+    def is_at_work(self) -> bool:
+        """Whether any actor has begun a shard."""
+        return self._is_at_work
+
     def warnings(self) -> Sequence[str]:
         """What the engines of all actors warned of so far, each text once, in order."""
         return self._warnings
@@ -79,6 +84,7 @@ class RayBackend:
         complain about a shutdown under their feet."""
         status: Status = ray.get(self._control.status.remote())
         self._live = status.live
+        self._is_at_work = status.has_begun
         self._warnings = status.warnings
         if status.failure is None:
             return

@@ -78,6 +78,10 @@ class SparkBackend:
         """Nothing: between commits, tasks do not report to the driver."""
         return self._counts
 
+    def is_at_work(self) -> bool:
+        """Taken to be so from the start, as tasks do not say."""
+        return True
+
     def warnings(self) -> Sequence[str]:
         """None: they are in the logs of the executors."""
         return ()

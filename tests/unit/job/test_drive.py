@@ -66,6 +66,9 @@ class ScriptedBackend:
     def live(self) -> LiveCounts:
         return LiveCounts()
 
+    def is_at_work(self) -> bool:
+        return self.has_begun
+
     def warnings(self) -> Sequence[str]:
         return ("kernels are off",)
 
@@ -80,7 +83,9 @@ def run(backend: Any, num_shards: int, **options: Any) -> tuple[Ending, Totals, 
     options.setdefault("whole", Totals())
     options.setdefault("bounds", NO_BOUNDS)
     options.setdefault("stop", StopRequest())
-    with LineReport(Work(num_rows=10 * num_shards, num_shards=num_shards), stream=stream) as report:
+    with LineReport(
+        Work(num_rows=10 * num_shards, num_shards=num_shards, max_tokens_per_row=9), stream=stream
+    ) as report:
         ending = drive(backend, range(num_shards), done=done, report=report, **options)  # type: ignore[arg-type]
     return ending, done, stream.getvalue()
 
@@ -239,6 +244,7 @@ def test_a_signal_before_any_shard_began_ends_at_once() -> None:
     assert ending is Ending.SIGNAL
     assert done.num_shards <= 1
     assert "SIGTERM: no shard has begun, ending now" in text
+    assert "rows 0/" not in text, "progress begins with the first shard"
 
 
 class Loaded:

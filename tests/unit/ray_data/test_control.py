@@ -39,6 +39,7 @@ def test_no_shard_begins_after_a_stop() -> None:
 def test_a_stop_tells_that_no_shard_has_begun() -> None:
     control = JobControl(num_actors=1)
     assert control.begin_worker()
+    assert not control.status().has_begun
     assert not control.stop()
     assert control.begin_shard("a") is None
     assert not control.stop()
