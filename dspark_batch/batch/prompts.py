@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import repeat
 from typing import Any
 
@@ -134,9 +134,10 @@ class PromptRenderer:
 
     def render(self, row: Mapping[str, object], *, row_id: str) -> _Outcome:
         """The request of one row (column name to Python value; only ``columns`` are looked at)."""
-        for value in row.values():
+        for name, value in row.items():
             if isinstance(value, UnreadableValue):
-                return value.error
+                message = f"column {name}: {value.error.message}; mend it in the input"
+                return replace(value.error, message=message)
         if self._token_ids is not None:
             return self._from_token_ids(row[self._token_ids], row_id=row_id)
         return self._from_template(row, row_id=row_id)
