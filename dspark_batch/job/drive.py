@@ -63,8 +63,8 @@ def drive(
     num_told = 0
     for entry in backend.run(shards):
         if entry is not None:
-            done.add(entry.stats)
-            whole.add(entry.stats)
+            done.add(entry.stats, shard=entry.shard)
+            whole.add(entry.stats, shard=entry.shard)
         if backend.is_at_work():
             report.update(done, backend.live())
         for warning in backend.warnings()[num_told:]:

@@ -57,8 +57,10 @@ class Totals:
     num_drafted_tokens: int = 0
     num_accepted_tokens: int = 0
     failures: dict[str, int] = field(default_factory=dict)
+    failing_shards: dict[str, str] = field(default_factory=dict)
+    """One shard of each code in ``failures``, where such a row can be looked at."""
 
-    def add(self, stats: ShardStats) -> None:
+    def add(self, stats: ShardStats, *, shard: str) -> None:
         """Count one more committed shard."""
         self.num_shards += 1
         self.num_rows += stats.num_rows
@@ -71,6 +73,7 @@ class Totals:
         self.num_accepted_tokens += stats.num_accepted_tokens
         for code, count in stats.num_failed_by_code.items():
             self.failures[code] = self.failures.get(code, 0) + count
+            self.failing_shards.setdefault(code, shard)
 
     @property
     def failed_fraction(self) -> float:

@@ -115,7 +115,7 @@ def remaining(run: PreparedRun, *, retry_failed: bool = False, verify: bool = Fa
     totals = Totals()
     for shard in run.plan.shards:
         if shard.name not in open_names:
-            totals.add(committed[shard.name].stats)
+            totals.add(committed[shard.name].stats, shard=shard.name)
     return Remaining(shards=todo, committed=committed, totals=totals)
 
 

@@ -71,7 +71,7 @@ def _say(stream: TextIO, text: str) -> None:
 def _run_to_end(run: PreparedRun, *, retry_failed: bool, verify: bool, stream: TextIO, stop: StopRequest) -> Outcome:
     left = remaining(run, retry_failed=retry_failed, verify=verify)
     if not left.shards:
-        return _close_without_work(run, left)
+        return _close_without_work(run, left, retry_failed=retry_failed)
     bounds = Bounds(
         max_failed_rows=run.config.limits.max_failed_fraction * run.plan.num_rows,
         max_generated_tokens=run.config.limits.max_generated_tokens,
@@ -174,11 +174,11 @@ def _ray_backend(run: PreparedRun, spec: WorkerSpec) -> Iterator[Backend]:
         yield RayBackend(spec, section=run.config.ray, device=run.config.engine.device)
 
 
-def _close_without_work(run: PreparedRun, left: Remaining) -> Outcome:
+def _close_without_work(run: PreparedRun, left: Remaining, *, retry_failed: bool) -> Outcome:
     from dspark_batch.batch.finish import finish_run, is_complete
 
     _begin_if_new(run)
-    outcome = nothing_to_do(run, left.totals)
+    outcome = nothing_to_do(run, left.totals, retry_failed=retry_failed)
     if outcome.is_success and not is_complete(run.store, plan=run.plan):
         finish_run(run.store, plan=run.plan, config=run.config)
     return outcome

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -47,10 +47,13 @@ def ending_outcome(finished: Finished) -> Outcome:
     return Outcome(code=code, text="\n".join(lines))
 
 
-def nothing_to_do(run: PreparedRun, whole: Totals) -> Outcome:
+def nothing_to_do(run: PreparedRun, whole: Totals, *, retry_failed: bool) -> Outcome:
     """The outcome of a run that was complete before it began."""
+    headline = f"nothing to do: all {rows_in_shards(whole.num_rows, whole.num_shards)} are committed"
+    if retry_failed:
+        headline += ", and no failed row may succeed on a retry" if whole.num_failed_rows else ", and no row failed"
     lines = [
-        f"nothing to do: all {rows_in_shards(whole.num_rows, whole.num_shards)} are committed",
+        headline,
         *_failures(run, whole),
         f"output: {run.config.output.path}",
     ]
@@ -82,7 +85,7 @@ def exit_code(run: PreparedRun, whole: Totals, *, ending: Ending) -> ExitCode:
         return ExitCode.TOO_MANY_FAILED
     if ending is not Ending.DONE:
         return ExitCode.FATAL
-    if whole.failed_fraction > run.config.limits.max_failed_fraction:
+    if _has_too_many_failed(run, whole):
         return ExitCode.TOO_MANY_FAILED
     return ExitCode(run.config.limits.exit_code_on_failed_rows) if whole.num_failed_rows else ExitCode.OK
 
@@ -110,7 +113,10 @@ def _headline(finished: Finished) -> str:
     progress = f"{whole.num_rows} of {run.plan.num_rows} rows are committed"
     match finished.ending:
         case Ending.DONE:
-            return f"done: {rows_in_shards(whole.num_rows, whole.num_shards)}"
+            rows = rows_in_shards(whole.num_rows, whole.num_shards)
+            if _has_too_many_failed(run, whole):
+                return f"not done, too many rows failed; all {rows} are committed"
+            return f"done: {rows}"
         case Ending.SIGNAL:
             return f"stopped by a signal: {progress}; the same command goes on from here"
         case Ending.GRACE_OVER:
@@ -154,11 +160,32 @@ def _failures(run: PreparedRun, whole: Totals) -> list[str]:
         return []
     codes = ", ".join(f"{code} {count}" for code, count in sorted(whole.failures.items()))
     line = f"failed rows: {whole.num_failed_rows} ({100 * whole.failed_fraction:.1f} %): {codes}"
-    if whole.failed_fraction > run.config.limits.max_failed_fraction:
-        line += f"; more than limits.max_failed_fraction={run.config.limits.max_failed_fraction}"
+    if _has_too_many_failed(run, whole):
+        limit = run.config.limits.max_failed_fraction
+        line += f"; more than limits.max_failed_fraction={limit} allows, so _SUCCESS is not written"
     if whole.num_retryable_rows:
         line += f"; {whole.num_retryable_rows} may succeed with --retry-failed"
-    return [line]
+    return [line, *_failed_examples(run, whole)]
+
+
+def _has_too_many_failed(run: PreparedRun, whole: Totals) -> bool:
+    return whole.failed_fraction > run.config.limits.max_failed_fraction
+
+
+def _failed_examples(run: PreparedRun, whole: Totals) -> Iterator[str]:
+    """A row of every error code, with what was said of it."""
+    import pyarrow.compute as pc
+
+    from dspark_batch.batch.retry import committed_table
+
+    name, error = shown_columns(run.config, run.plan)[0], run.config.output.name_of("error")
+    for code, shard in sorted(whole.failing_shards.items()):
+        entry = run.store.entry(shard)
+        if entry is None:
+            continue
+        table = committed_table(entry, run=run.store)
+        place = pc.struct_field(table.column(error), "code").to_pylist().index(code)
+        yield from format_rows(table.slice(place, 1), columns=[name, error])
 
 
 def _sample_rows(run: PreparedRun) -> list[str]:

@@ -191,8 +191,11 @@ def test_bad_input_null_prompt(make_job: JobOf, capsys: Capture) -> None:
     job = make_job(texts(["a", None, "c"]))
     assert run_cli(["run", job.write(), "limits.max_failed_fraction=0.5"]) == ExitCode.SOME_ROWS_FAILED
     assert errors_of(job) == {"r1": "null_prompt"}
-    assert "failed rows: 1 (33.3 %): null_prompt 1" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "failed rows: 1 (33.3 %): null_prompt 1\n  id=r1 | error=null_prompt: NULL in column text\n" in out
     assert (job.out / "_SUCCESS").exists()
+    assert run_cli(["run", job.write(), "limits.max_failed_fraction=0.5", "--retry-failed"]) == 3
+    assert "are committed, and no failed row may succeed on a retry\n" in capsys.readouterr().out
 
 
 def test_a_run_with_failed_rows_may_end_with_0(make_job: JobOf, capsys: Capture) -> None:
@@ -217,7 +220,10 @@ def test_bad_input_values_that_python_cannot_hold_are_shown_as_such(
         job.config["limits"] = {"max_failed_fraction": 0.5}
         code = run_cli(["run", job.write(), *flags])
         assert code == (ExitCode.OK if flags else ExitCode.SOME_ROWS_FAILED)
-        assert f"{column}=<{shown}" in capsys.readouterr().out
+        out = capsys.readouterr().out
+        assert f"{column}=<{shown}" in out
+        assert ": column text: not valid UTF-8" in out
+        assert "; mend it in the input" in out
         assert (job.folder / column / "_SUCCESS").exists() == (not flags)
 
 
@@ -307,7 +313,10 @@ def test_output_folder_with_files_of_someone_else_is_refused(job: Job, capsys: C
 def test_too_many_failed_rows_keep_their_commits_and_stay_without_success(make_job: JobOf, capsys: Capture) -> None:
     job = make_job(texts([None, "b", None]))
     assert run_cli(["run", job.write()]) == ExitCode.TOO_MANY_FAILED
-    assert "limits.max_failed_fraction=0.05" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert out.startswith("not done, too many rows failed; all 3 rows in 1 shard are committed")
+    assert "limits.max_failed_fraction=0.05 allows, so _SUCCESS is not written\n" in out
+    assert "  id=r0 | error=null_prompt: NULL in column text\n" in out
     assert len(job.parts()) == 1
     assert not (job.out / "_SUCCESS").exists()
     assert run_cli(["run", job.write()]) == ExitCode.TOO_MANY_FAILED
