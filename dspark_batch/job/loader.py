@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import difflib
+import json
 import os
 import re
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -61,7 +63,8 @@ def _validated(tree: _Tree, *, source: str, overrides: Sequence[str]) -> JobConf
     try:
         config = JobConfig.model_validate(_without_empty_sections(tree.values))
     except ValidationError as error:
-        problems += _problems(error.errors(), source=source, overridden=overridden)
+        found = _problems(error.errors(), source=source, overridden=set(overridden))
+        problems += [_with_quoting_hint(problem, overridden) for problem in found]
         raise ConfigError(problems) from None
     if problems:
         raise ConfigError(problems)
@@ -105,6 +108,10 @@ def _tree(config: ConfigLike) -> _Tree:
     if isinstance(config, str | Path):
         return _read_yaml(Path(config))
     values = config.model_dump(mode="json") if isinstance(config, JobConfig) else config
+    if not isinstance(values, Mapping):
+        raise ConfigError(
+            [Problem("config", f"must be a YAML file, a mapping of sections or a JobConfig, got {values!r}")]
+        )
     return _Tree(copy.deepcopy(dict(values)))
 
 
@@ -144,9 +151,14 @@ def _read_yaml(path: Path) -> _Tree:
     return _Tree(values, problems)
 
 
-def _apply_overrides(values: dict[str, Any], overrides: Iterable[str]) -> tuple[list[Problem], set[str]]:
+def _apply_overrides(values: dict[str, Any], overrides: Iterable[str]) -> tuple[list[Problem], dict[str, str]]:
+    """The problems, and what was laid over which key."""
+    if isinstance(overrides, str):
+        raise ConfigError(
+            [Problem("overrides", f"must be a list of texts, such as [{overrides!r}], got {overrides!r}")]
+        )
     problems: list[Problem] = []
-    overridden: set[str] = set()
+    overridden: dict[str, str] = {}
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not key:
@@ -155,11 +167,34 @@ def _apply_overrides(values: dict[str, Any], overrides: Iterable[str]) -> tuple[
         try:
             value = yaml.safe_load(text)
         except yaml.YAMLError as error:
-            problems.append(Problem(key, f"value {text!r} is not valid YAML: {error}", COMMAND_LINE))
+            reason = getattr(error, "problem", None) or error
+            message = f"value {text!r} is not valid YAML ({reason}); {_quoted(key, text)}"
+            problems.append(Problem(key, message, COMMAND_LINE))
             continue
         _set(values, key.split("."), value)
-        overridden.add(key)
+        overridden[key] = text
     return problems, overridden
+
+
+def _with_quoting_hint(problem: Problem, overridden: Mapping[str, str]) -> Problem:
+    """Adds, where YAML read something else into a text of the command line, how to write it."""
+    if problem.source != COMMAND_LINE or "valid string" not in problem.message:
+        return problem
+    for key, text in overridden.items():
+        is_below = problem.field.startswith(key + ".")
+        if not is_below and problem.field != key:
+            continue
+        spelled = yaml.load(text, Loader=yaml.BaseLoader)
+        is_list_of_texts = isinstance(spelled, list) and yaml.safe_load(text) != spelled
+        if is_list_of_texts or not is_below:
+            hint = _quoted(key, spelled if is_list_of_texts else text)
+            return replace(problem, message=f"{problem.message}; {hint}")
+    return problem
+
+
+def _quoted(key: str, value: str | list[object]) -> str:
+    """How to write texts so that the shell and YAML both leave them as they are."""
+    return f"put text in quotes: {shlex.quote(f'{key}={json.dumps(value, ensure_ascii=False)}')}"
 
 
 def _set(values: dict[str, Any], keys: Sequence[str], value: object) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 import pytest
@@ -103,6 +104,44 @@ def test_a_section_without_a_constraint_reads_as_before_there_were_any(tmp_path:
 def test_an_override_may_hold_an_equals_sign(tmp_path: Path) -> None:
     config = load_config(write(tmp_path, MINIMAL), overrides=["input.filter=stars == 5"])
     assert config.input.filter == "stars == 5"
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("prompt.template={{ txt }}", """put text in quotes: 'prompt.template="{{ txt }}"'"""),
+        ("prompt.template=Say: {{ txt }}", """put text in quotes: 'prompt.template="Say: {{ txt }}"'"""),
+        ("sampling.regex=[0-9]{3}-[a-z]+", """put text in quotes: 'sampling.regex="[0-9]{3}-[a-z]+"'"""),
+        ("sampling.regex=[0-9]", """put text in quotes: 'sampling.regex="[0-9]"'"""),
+        ("sampling.choices=[yes,no]", """put text in quotes: 'sampling.choices=["yes", "no"]'"""),
+        ("input.id=7", """put text in quotes: 'input.id="7"'"""),
+    ],
+)
+def test_text_that_yaml_reads_otherwise_is_refused_with_how_to_quote_it(
+    tmp_path: Path, override: str, said: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(write(tmp_path, MINIMAL), overrides=[override])
+    assert said in str(caught.value)
+    assert all(line.startswith("command line: ") for line in str(caught.value).splitlines())
+    (fixed,) = shlex.split(said.removeprefix("put text in quotes: "))
+    key, _, text = fixed.partition("=")
+    value = yaml.safe_load(text)
+    assert all(isinstance(part, str) for part in (value if key == "sampling.choices" else [value]))
+
+
+def test_text_below_an_override_of_a_section_gets_no_hint(tmp_path: Path) -> None:
+    problems = problems_of(write(tmp_path, MINIMAL), "sampling={regex: 7}")
+    assert problems["sampling.regex"].message == "input should be a valid string, got 7"
+
+
+def test_overrides_as_one_text_and_a_config_of_nothing_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"overrides: must be a list of texts, such as \['a=b'\], got 'a=b'"):
+        load_config(write(tmp_path, MINIMAL), overrides="a=b")
+    with pytest.raises(
+        ConfigError, match="config: must be a YAML file, a mapping of sections or a JobConfig, got None"
+    ):
+        load_config(None)  # type: ignore[arg-type]
 
 
 def test_all_problems_are_listed_with_field_value_and_source(tmp_path: Path) -> None:
