@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 
 from dspark_batch.batch.rows import ShardInput
 from dspark_batch.batch.schema import RowSchema, result_columns
+from dspark_batch.batch.utf8 import valid_utf8
 from dspark_batch.core import Result
 
 
@@ -48,10 +49,11 @@ class ShardResult:
 def assemble(
     shard: ShardInput, rows: Sequence[tuple[Result, ...]], *, schema: RowSchema, num_samples: int, num_copied_rows: int
 ) -> ShardResult:
-    """Put the results (per row, one per sample, by sample index) beside the carried columns."""
+    """Put the results (per row, one per sample, by sample index) beside the carried columns, as valid UTF-8."""
     assert len(rows) == shard.table.num_rows
     assert all(len(row) == num_samples for row in rows)
     carried = shard.table.select(list(schema.carried))
+    carried = pa.Table.from_arrays(list(map(valid_utf8, carried.columns)), schema=carried.schema)
     if num_samples > 1:
         carried = carried.take(np.repeat(np.arange(len(rows), dtype=np.int64), num_samples))
     flat = [result for row in rows for result in row]

@@ -211,14 +211,30 @@ def test_bad_input_values_that_python_cannot_hold_are_shown_as_such(
     broken = pa.array([b"a", b"caf\xe9", b"c"], pa.binary()).view(pa.string())
     far = pa.array([0, 4_000_000, 4_000_001], pa.int32()).view(pa.date32())
     job = make_job(pa.table({"text": broken, "day": far}))
-    for column, shown in (("text", "not valid UTF-8"), ("day", "unreadable value")):
+    for column, shown in (("text", '"caf�"'), ("day", "<unreadable value")):
         job.config["input"] = {"path": str(job.folder / "in.parquet"), "columns": [column]}
         job.config["output"]["path"] = str(job.folder / column)
         job.config["limits"] = {"max_failed_fraction": 0.5}
         code = run_cli(["run", job.write(), *flags])
         assert code == (ExitCode.OK if flags else ExitCode.SOME_ROWS_FAILED)
-        assert f"{column}=<{shown}" in capsys.readouterr().out
+        assert f"{column}={shown}" in capsys.readouterr().out
         assert (job.folder / column / "_SUCCESS").exists() == (not flags)
+
+
+def test_bad_input_text_that_is_not_utf8_comes_out_as_valid_text(job: Job) -> None:
+    job.config["limits"] = {"max_failed_fraction": 0.5}
+    inputs = {"in.csv": b"id,text,note\na,one,caf\xe9\nb,t\xe9,two\n"}
+    inputs["in.jsonl"] = b'{"id":"a","text":"one","note":"caf\xe9"}\n{"id":"b","text":"t\xe9","note":"two"}\n'
+    for name, content in inputs.items():
+        (job.folder / name).write_bytes(content)
+        out = job.folder / f"out-{name}"
+        code = run_cli(["run", job.write(), f"input.path={job.folder / name}", f"output.path={out}"])
+        assert code == ExitCode.SOME_ROWS_FAILED
+        table = read_output(out)
+        table.validate(full=True)
+        assert table["note"].to_pylist() == ["caf�", "two"]
+        assert table["text"].to_pylist() == ["one", "t�"]
+        assert [error and error["code"] for error in table["error"].to_pylist()] == [None, "undecodable_text"]
 
 
 def test_a_run_is_finished_before_its_summary_is_made(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
