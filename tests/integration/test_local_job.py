@@ -171,10 +171,17 @@ def test_jsonl_goes_in_and_parquet_comes_out(job: Job) -> None:
     assert read_output(str(job.out)).column("id").to_pylist() == [str(n) for n in range(23)]
 
 
-def test_an_empty_table_is_a_finished_run(make_job: JobOf) -> None:
+@pytest.mark.parametrize("mode", ["resume", "overwrite"])
+def test_an_empty_table_is_a_finished_run_with_its_columns(make_job: JobOf, mode: str) -> None:
     job = make_job(pa.table({"id": pa.array([], pa.string()), "text": pa.array([], pa.string())}))
-    assert run_cli(["run", job.write()]) == ExitCode.OK
+    assert run_cli(["run", job.write(), f"output.mode={mode}"]) == ExitCode.OK
     assert (job.out / "_SUCCESS").exists()
+    empty = read_output(job.out)
+    assert empty.num_rows == 0
+    pq.write_table(texts(["a"]), job.folder / "in.parquet")
+    assert run_cli(["run", job.write(), "output.mode=overwrite"]) == ExitCode.OK
+    assert read_output(job.out).num_rows == 1
+    assert read_output(job.out).schema == empty.schema
 
 
 def test_bad_input_missing_column(job: Job, capsys: Capture) -> None:
