@@ -157,6 +157,7 @@ class RunStore:
                     modified_s=None if written is None else written.modified_s,
                     epoch=self.ticket.epoch,
                     stats=result.stats,
+                    retried=result.retried,
                     versions=self._versions,
                     finished_at=datetime.now(UTC).isoformat(timespec="milliseconds"),
                 )

@@ -39,11 +39,15 @@ class ShardStats:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShardResult:
-    """A finished shard: its rows in input order, in the run's output schema."""
+    """A finished shard: its rows in input order, in the run's output schema.
+
+    ``retried`` are the totals of the rows that were generated again, where the others are of an earlier commit.
+    """
 
     key: str
     table: pa.Table
     stats: ShardStats
+    retried: ShardStats | None = None
 
 
 def assemble(

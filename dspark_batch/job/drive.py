@@ -62,7 +62,7 @@ def drive(
     num_told = 0
     for entry in backend.run(shards):
         if entry is not None:
-            done.add(entry.stats)
+            done.add(entry.work)
             whole.add(entry.stats)
         report.update(done, backend.live())
         for warning in backend.warnings()[num_told:]:

@@ -48,6 +48,14 @@ class Remaining:
     committed: Mapping[str, ManifestEntry]
     totals: Totals
 
+    @property
+    def num_rows(self) -> int:
+        """Rows to generate; before the filter in shards that nobody has read yet."""
+        return sum(
+            self.committed[shard.name].stats.num_retryable_rows if shard.name in self.committed else shard.num_rows
+            for shard in self.shards
+        )
+
 
 def prepare(
     config: ConfigLike, *, overrides: Sequence[str] = (), retry_failed: bool = False, may_finish_swap: bool = False

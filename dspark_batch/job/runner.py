@@ -104,7 +104,7 @@ def _work(
     run: PreparedRun, left: Remaining, *, bounds: Bounds, retry_failed: bool, stream: TextIO, stop: StopRequest
 ) -> Finished:
     work = Work(
-        num_rows=sum(shard.num_rows for shard in left.shards),
+        num_rows=left.num_rows,
         num_shards=len(left.shards),
         num_samples_per_row=run.config.sampling.n,
     )

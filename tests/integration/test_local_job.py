@@ -349,11 +349,14 @@ def test_a_token_budget_stops_the_run_and_a_higher_one_goes_on(job: Job, capsys:
     assert run_cli(["run", job.write()]) == ExitCode.OK
 
 
-def test_retry_failed_makes_only_the_failed_rows_again(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_retry_failed_makes_only_the_failed_rows_again(
+    job: Job, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     failures = "Say text 3=engine_error;Say text 30=engine_error;Say text 12=prompt_too_long"
     monkeypatch.setenv(FAILURES_VARIABLE, failures)
     assert run_cli(["run", job.write(), "limits.max_failed_fraction=0.2"]) == ExitCode.SOME_ROWS_FAILED
     before = job.parts()
+    capsys.readouterr()
     monkeypatch.delenv(FAILURES_VARIABLE)
     code = run_cli(["run", job.write(), "limits.max_failed_fraction=0.2", "--retry-failed"])
     assert code == ExitCode.SOME_ROWS_FAILED
@@ -362,6 +365,13 @@ def test_retry_failed_makes_only_the_failed_rows_again(job: Job, monkeypatch: py
     assert len([name for name in after if after[name] != before[name]]) == 2
     last = job.metrics()[-1]
     assert (last["whole"]["num_rows"], last["whole"]["num_failed_rows"]) == (47, 1)
+    again = [row for row in read_output(job.out).to_pylist() if row["id"] in ("r3", "r30")]
+    assert (last["done"]["num_rows"], last["done"]["num_failed_rows"], last["done"]["num_shards"]) == (2, 0, 2)
+    assert last["done"]["num_generated_tokens"] == sum(row["num_generated_tokens"] for row in again)
+    out, err = capsys.readouterr()
+    assert "done: 47 rows in 8 shards\nthis run: 2 rows in 2 shards" in out
+    assert "2 rows in 2 shards to do" in err
+    assert "rows 2/2 (100 %)" in err
     plain = job.folder / "plain"
     monkeypatch.setenv(FAILURES_VARIABLE, "Say text 12=prompt_too_long")
     run_cli(["run", job.write(), "limits.max_failed_fraction=0.2", f"output.path={plain}"])
