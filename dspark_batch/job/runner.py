@@ -17,7 +17,7 @@ from dspark_batch.job.outcome import Outcome, Totals
 from dspark_batch.job.prepare import PreparedRun, Remaining, prepare, remaining
 from dspark_batch.job.progress import Work, progress_report
 from dspark_batch.job.signals import StopRequest
-from dspark_batch.job.summary import Finished, describe, ending_outcome, exit_code, nothing_to_do
+from dspark_batch.job.summary import Finished, describe, ending_outcome, exit_code, nothing_to_do, planned_rows
 from dspark_batch.provenance import device_facts
 
 if TYPE_CHECKING:
@@ -111,7 +111,8 @@ def _work(
     done, whole = Totals(), left.totals
     with ExitStack() as stack:
         report = stack.enter_context(progress_report(work, stream=stream))
-        report.say(f"{work.num_rows} rows in {work.num_shards} shards to do; loading {run.config.model.target}")
+        rows = planned_rows(work.num_rows, run.config)
+        report.say(f"{rows} in {work.num_shards} shards to do; loading {run.config.model.target}")
         backend = stack.enter_context(_backend(run, num_shards=work.num_shards, retry_failed=retry_failed))
         stop.take_signals()
         start_s = time.monotonic()

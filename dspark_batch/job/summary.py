@@ -58,7 +58,7 @@ def describe(run: PreparedRun, left: Remaining) -> Outcome:
     config = run.config
     facts = {
         "input": f"{run.plan.num_rows} rows in {len(run.plan.files)} files, {len(run.plan.shards)} shards",
-        "to do": f"{sum(shard.num_rows for shard in left.shards)} rows in {len(left.shards)} shards",
+        "to do": f"{planned_rows(left.num_rows, config)} in {len(left.shards)} shards",
         "model": config.model.target,
         "drafter": f"{config.speculation.drafter}, verification {config.speculation.verification}",
         "backend": config.engine.backend,
@@ -67,6 +67,11 @@ def describe(run: PreparedRun, left: Remaining) -> Outcome:
     }
     width = max(map(len, facts))
     return Outcome(code=ExitCode.OK, text="\n".join(f"{name:<{width}}  {fact}" for name, fact in facts.items()))
+
+
+def planned_rows(num_rows: int, config: JobConfig) -> str:
+    """A number of rows that a plan knows: of a filter only the shards tell, when they are read."""
+    return f"{num_rows} rows" if config.input.filter is None else f"at most {num_rows} rows (before input.filter)"
 
 
 def exit_code(run: PreparedRun, whole: Totals, *, ending: Ending) -> ExitCode:
@@ -100,7 +105,7 @@ def shown_columns(config: JobConfig, plan: Plan) -> list[str]:
 
 def _headline(finished: Finished) -> str:
     whole, run = finished.whole, finished.run
-    progress = f"{whole.num_rows} of {run.plan.num_rows} rows are committed"
+    progress = f"{whole.num_rows} of {planned_rows(run.plan.num_rows, run.config)} are committed"
     match finished.ending:
         case Ending.DONE:
             return f"done: {whole.num_rows} rows in {whole.num_shards} shards"

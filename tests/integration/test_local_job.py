@@ -432,6 +432,16 @@ def test_dry_run_counts_rows_and_shards_and_writes_nothing(
     assert not job.out.exists()
 
 
+def test_rows_before_a_filter_are_shown_as_an_upper_bound(job: Job, capsys: Capture) -> None:
+    job.config["input"]["filter"] = "stars > 44"
+    assert run_cli(["run", job.write(), "shards.rows=100", "--dry-run"]) == ExitCode.OK
+    assert "to do        at most 47 rows (before input.filter) in 1 shards" in capsys.readouterr().out
+    assert run_cli(["run", job.write(), "shards.rows=100"]) == ExitCode.OK
+    out, err = capsys.readouterr()
+    assert "at most 47 rows (before input.filter) in 1 shards to do" in err
+    assert "done: 2 rows in 1 shards" in out
+
+
 def test_dry_run_reports_another_fingerprint(job: Job, capsys: Capture) -> None:
     run_cli(["run", job.write()])
     capsys.readouterr()
