@@ -1,9 +1,10 @@
 """The output folder of a run. A shard is committed when its manifest entry stands; everything else is swept.
 
 Layout: ``<shard>.parquet``, ``_SUCCESS``, and in ``_dspark/``: ``plan.json``, ``run.yaml``, ``fingerprint.json``,
-``engine.json``, ``metrics.jsonl``, ``manifest/<shard>.json``, ``staging/<shard>.<run>.<attempt>.tmp``. A run that
-overwrites another keeps all of this below ``_dspark/next`` until its end (``swap.py``). Runs into a table format keep
-their files in ``data-<uid>/``, since older versions of the table go on to name them.
+``engine.json``, ``metrics.jsonl``, ``manifest/<shard>.json``, ``staging/<shard>.<run>.<attempt>.tmp``, and
+``empty.parquet`` where there are no rows. A run that overwrites another keeps all of this below ``_dspark/next`` until
+its end (``swap.py``). Runs into a table format keep their files in ``data-<uid>/``, since older versions of the table
+go on to name them.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from dspark_batch.job.config import OutputFormat, OutputMode
 from dspark_batch.provenance import differences, fingerprint, versions
 
 FINGERPRINT_FILE = "fingerprint.json"
+EMPTY_FILE = "empty.parquet"
 STALE_AFTER_S = 3600.0
 MAX_COMMIT_ATTEMPTS = 3
 
@@ -155,6 +157,7 @@ class RunStore:
                     modified_s=None if written is None else written.modified_s,
                     epoch=self.ticket.epoch,
                     stats=result.stats,
+                    retried=result.retried,
                     versions=self._versions,
                     finished_at=datetime.now(UTC).isoformat(timespec="milliseconds"),
                 )
@@ -233,6 +236,10 @@ class RunStore:
     def is_swapping(self) -> bool:
         """Whether an overwriting run was interrupted while it took the place of the old one."""
         return self.store.stat(SWAP) is not None
+
+    def keep_columns(self, schema: pa.Schema) -> None:
+        """Note the columns of an output that has no rows, for ``read_output``."""
+        self._write(f"{self.ticket.meta}/{EMPTY_FILE}", parquet_bytes(schema.empty_table()))
 
     def finish(self) -> None:
         """Write ``_SUCCESS``: every shard of the plan is committed. See ``finish.finish_run`` for all of the end."""
@@ -346,12 +353,14 @@ def parquet_bytes(table: pa.Table, *, keeps_types: bool = True) -> bytes:
 def read_output(path: str | Path, *, filesystem: fs.FileSystem | None = None) -> pa.Table:
     """All committed rows of a run of format parquet, in the order of its shards; the new run's once a swap has begun.
 
-    Raises OutputError where nothing is committed.
+    A finished run over an input without rows gives its columns. Raises OutputError where nothing is committed.
     """
     run = RunStore(str(path), filesystem=filesystem)
     files = swapping_files(run.store)
     if files is None:
         files = [entry.file for _, entry in sorted(run.committed().items())]
+    if not files and run.store.stat(f"{META}/{EMPTY_FILE}") is not None:
+        files = [f"{META}/{EMPTY_FILE}"]
     if not files:
         raise OutputError(f"{path} holds no committed shard")
     tables = []

@@ -7,6 +7,8 @@ from dspark_batch.batch.lease import check_epoch
 from dspark_batch.batch.manifest import ManifestEntry
 from dspark_batch.batch.planning import is_finished, mark_finished
 from dspark_batch.batch.publication import table_schema
+from dspark_batch.batch.reader import columns_to_read
+from dspark_batch.batch.schema import row_schema
 from dspark_batch.batch.shards import Plan
 from dspark_batch.batch.swap import begin_swap, finish_swap
 from dspark_batch.errors import OutputError
@@ -31,6 +33,8 @@ def finish_run(run: RunStore, *, plan: Plan, config: JobConfig) -> None:
     entries = [committed[shard.name] for shard in plan.shards]
     if config.output.format != "parquet":
         _publish(run, committed, plan=plan, config=config)
+    elif not committed:
+        run.keep_columns(row_schema(config, input_schema=columns_to_read(config, schema=plan.schema)).output)
     if run.mode == "overwrite":
         is_table = config.output.format != "parquet"
         begin_swap(run.store, files=None if is_table else [entry.file for entry in entries])

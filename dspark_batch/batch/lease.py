@@ -113,8 +113,9 @@ def acquire_lease(
         expected_epoch: the epoch when the caller last looked at the folder; ``had_others`` says whether it changed.
         say: told once when there is something to wait for.
 
-    Raises LeaseLostError for a live holder and ``fail``.
+    Raises LeaseLostError for a live holder and ``fail``, OutputError where the folder cannot be made or written.
     """
+    store.make_root()
     beats: tuple[int, int] | None = None
     still_s = 0.0
     while True:

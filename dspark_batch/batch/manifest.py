@@ -28,6 +28,13 @@ class ManifestEntry:
     versions: dict[str, str]
     finished_at: str
     """UTC, ISO 8601."""
+    retried: ShardStats | None = None
+    """Totals of those rows alone that ``--retry-failed`` generated again; None where all rows are of one attempt."""
+
+    @property
+    def work(self) -> ShardStats:
+        """Totals of the rows that were generated for this commit."""
+        return self.retried or self.stats
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=1, sort_keys=True) + "\n"
@@ -38,6 +45,7 @@ class ManifestEntry:
         try:
             values: dict[str, Any] = json.loads(text)
             stats = ShardStats(**values.pop("stats"))
-            return cls(stats=stats, **values)
+            again = values.pop("retried", None)
+            return cls(stats=stats, retried=None if again is None else ShardStats(**again), **values)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise OutputError(f"{source} is not a manifest entry of this version: {error}; delete it") from error

@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 
 from dspark_batch.batch.rows import ShardInput
 from dspark_batch.batch.schema import RowSchema, result_columns
+from dspark_batch.batch.utf8 import valid_utf8
 from dspark_batch.core import Result
 
 
@@ -38,20 +39,25 @@ class ShardStats:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShardResult:
-    """A finished shard: its rows in input order, in the run's output schema."""
+    """A finished shard: its rows in input order, in the run's output schema.
+
+    ``retried`` are the totals of the rows that were generated again, where the others are of an earlier commit.
+    """
 
     key: str
     table: pa.Table
     stats: ShardStats
+    retried: ShardStats | None = None
 
 
 def assemble(
     shard: ShardInput, rows: Sequence[tuple[Result, ...]], *, schema: RowSchema, num_samples: int, num_copied_rows: int
 ) -> ShardResult:
-    """Put the results (per row, one per sample, by sample index) beside the carried columns."""
+    """Put the results (per row, one per sample, by sample index) beside the carried columns, as valid UTF-8."""
     assert len(rows) == shard.table.num_rows
     assert all(len(row) == num_samples for row in rows)
     carried = shard.table.select(list(schema.carried))
+    carried = pa.Table.from_arrays(list(map(valid_utf8, carried.columns)), schema=carried.schema)
     if num_samples > 1:
         carried = carried.take(np.repeat(np.arange(len(rows), dtype=np.int64), num_samples))
     flat = [result for row in rows for result in row]

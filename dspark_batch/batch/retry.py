@@ -50,4 +50,5 @@ def merge(
         key=entry.shard,
         table=table.combine_chunks(),
         stats=table_stats(table, num_samples=num_samples, num_copied_rows=num_copied_rows, prefix=prefix),
+        retried=again.stats,
     )

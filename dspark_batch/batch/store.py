@@ -54,6 +54,15 @@ class Store:
         self._backoff_s = backoff_s
         self.is_local = isinstance(self.filesystem, fs.LocalFileSystem)
 
+    def make_root(self) -> None:
+        """Make the folder itself where it is missing; remote stores need none."""
+        if not self.is_local:
+            return
+        try:
+            Path(self.root).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OutputError(f"output.path: the folder {self.root} cannot be made: {error}") from error
+
     def write(self, name: str, data: bytes, *, staging: str) -> None:
         """Write the file so that it is whole or absent under ``name``: staged under another name, fsynced, renamed.
 

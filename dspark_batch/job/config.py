@@ -134,6 +134,11 @@ class SamplingSection(Section):
             raise ValueError(f"at most one of {', '.join(f'sampling.{name}' for name in given)} can be set")
         if self.choices is not None and not (self.choices and all(self.choices)):
             raise ValueError(f"sampling.choices must name at least one text, and no empty one, got {self.choices}")
+        if self.choices is not None and len(set(self.choices)) < len(self.choices):
+            raise ValueError(f"sampling.choices must differ from each other, got {self.choices}")
+        for name in ("regex", "grammar"):
+            if getattr(self, name) == "":
+                raise ValueError(f"sampling.{name} must not be empty; null: the text is free")
         problems = []
         for name, value in self.to_fields().items():
             try:

@@ -63,7 +63,7 @@ def drive(
     num_told = 0
     for entry in backend.run(shards):
         if entry is not None:
-            done.add(entry.stats, shard=entry.shard)
+            done.add(entry.work, shard=entry.shard)
             whole.add(entry.stats, shard=entry.shard)
         if backend.is_at_work():
             report.update(done, backend.live())

@@ -48,6 +48,14 @@ class Remaining:
     committed: Mapping[str, ManifestEntry]
     totals: Totals
 
+    @property
+    def num_rows(self) -> int:
+        """Rows to generate; before the filter in shards that nobody has read yet."""
+        return sum(
+            self.committed[shard.name].stats.num_retryable_rows if shard.name in self.committed else shard.num_rows
+            for shard in self.shards
+        )
+
 
 def prepare(
     config: ConfigLike, *, overrides: Sequence[str] = (), retry_failed: bool = False, may_finish_swap: bool = False
@@ -57,7 +65,8 @@ def prepare(
     ``may_finish_swap``: do write where an earlier run was interrupted while it took the place of an old output.
 
     Raises:
-        ConfigError: the config, or a column, template or filter in it, or the model's name is wrong.
+        ConfigError: the config, or a column, template or filter in it, or the model's name is wrong, or the output path
+            is no folder that can be written.
         InputError: the input cannot be read, or changed since the run began.
         FingerprintMismatchError: the output path holds a run with other settings.
     """
@@ -65,7 +74,7 @@ def prepare(
     from dspark_batch.batch.engines import configured_factory
     from dspark_batch.batch.fingerprint import fingerprint_fields
     from dspark_batch.batch.lease import current_epoch
-    from dspark_batch.batch.planning import resolve_plan
+    from dspark_batch.batch.planning import plan_input, resolve_plan
     from dspark_batch.provenance import fingerprint
 
     written = load_config(config, overrides=overrides)
@@ -77,15 +86,21 @@ def prepare(
     factory = configured_factory()
     weights = _weights_identity(config, factory)
     store = RunStore(config.output.path, mode=config.output.mode, format=config.output.format)
+    _check_output_folder(store)
     epoch = current_epoch(store.store)
     if store.is_swapping():
         _finish_swap(store, config, may_write=may_finish_swap)
-    resolved = resolve_plan(
-        config,
-        run=store,
-        fields_of=lambda digest: fingerprint_fields(written, weights_fingerprint=weights, input_digest=digest),
-        retry_failed=retry_failed,
-    )
+    try:
+        resolved = resolve_plan(
+            config,
+            run=store,
+            fields_of=lambda digest: fingerprint_fields(written, weights_fingerprint=weights, input_digest=digest),
+            retry_failed=retry_failed,
+        )
+    except OutputError:
+        # What is wrong with the config itself comes first.
+        check_columns(config, plan_input(config))
+        raise
     check_columns(config, resolved.plan)
     return PreparedRun(
         config=config,
@@ -140,6 +155,24 @@ def _refuse_vanishing_output(config: JobConfig) -> None:
         f"{path!r} is relative, and the working directory of this Ray job is a temporary copy ({Path.cwd()}); "
         "give an absolute path or a URI"
     )
+    raise ConfigError([Problem("output.path", message)])
+
+
+def _check_output_folder(store: RunStore) -> None:
+    """Raise ConfigError where a local output is known to fail: a file is in its way, or its folder is read-only."""
+    if not store.store.is_local:
+        return
+    place = Path(store.store.root)
+    while not os.path.lexists(place):
+        place = place.parent
+    if not place.is_dir():
+        message = f"{str(place)!r} is a file, not a folder"
+    elif not os.access(place, os.W_OK | os.X_OK):
+        message = f"the folder {str(place)!r} is not writable"
+    else:
+        return
+    if str(place) != store.store.root:
+        message = f"{store.store.root!r} cannot be made: {message}"
     raise ConfigError([Problem("output.path", message)])
 
 

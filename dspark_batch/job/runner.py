@@ -15,9 +15,9 @@ from dspark_batch.job.loader import dump_config
 from dspark_batch.job.local import LocalBackend
 from dspark_batch.job.outcome import Outcome, Totals
 from dspark_batch.job.prepare import PreparedRun, Remaining, prepare, remaining
-from dspark_batch.job.progress import Work, progress_report, rows_in_shards
+from dspark_batch.job.progress import Work, counted, progress_report
 from dspark_batch.job.signals import StoppedEarlyError, StopRequest, made_unless_stopped
-from dspark_batch.job.summary import Finished, describe, ending_outcome, exit_code, nothing_to_do
+from dspark_batch.job.summary import Finished, describe, ending_outcome, exit_code, nothing_to_do, planned_rows
 from dspark_batch.provenance import device_facts
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ def _work(
     run: PreparedRun, left: Remaining, *, bounds: Bounds, retry_failed: bool, stream: TextIO, stop: StopRequest
 ) -> Finished:
     work = Work(
-        num_rows=sum(shard.num_rows for shard in left.shards),
+        num_rows=left.num_rows,
         num_shards=len(left.shards),
         num_samples_per_row=run.config.sampling.n,
         max_tokens_per_row=run.config.sampling.n * run.config.sampling.max_new_tokens,
@@ -112,7 +112,8 @@ def _work(
     done, whole = Totals(), left.totals
     with ExitStack() as stack:
         report = stack.enter_context(progress_report(work, stream=stream))
-        report.say(f"{rows_in_shards(work.num_rows, work.num_shards)} to do; loading {run.config.model.target}")
+        todo = f"{planned_rows(work.num_rows, run.config)} in {counted(work.num_shards, 'shard')}"
+        report.say(f"{todo} to do; loading {run.config.model.target}")
         try:
             backend = stack.enter_context(
                 _backend(run, num_shards=work.num_shards, retry_failed=retry_failed, stop=stop)

@@ -68,7 +68,7 @@ def describe(run: PreparedRun, left: Remaining) -> Outcome:
             f"{counted(run.plan.num_rows, 'row')} in {counted(len(run.plan.files), 'file')}, "
             f"{counted(len(run.plan.shards), 'shard')}"
         ),
-        "to do": rows_in_shards(sum(shard.num_rows for shard in left.shards), len(left.shards)),
+        "to do": f"{planned_rows(left.num_rows, config)} in {counted(len(left.shards), 'shard')}",
         "model": config.model.target,
         "drafter": f"{config.speculation.drafter}, verification {config.speculation.verification}",
         "backend": config.engine.backend,
@@ -77,6 +77,12 @@ def describe(run: PreparedRun, left: Remaining) -> Outcome:
     }
     width = max(map(len, facts))
     return Outcome(code=ExitCode.OK, text="\n".join(f"{name:<{width}}  {fact}" for name, fact in facts.items()))
+
+
+def planned_rows(num_rows: int, config: JobConfig) -> str:
+    """A number of rows that a plan knows: of a filter only the shards tell, when they are read."""
+    rows = counted(num_rows, "row")
+    return rows if config.input.filter is None else f"at most {rows} (before input.filter)"
 
 
 def exit_code(run: PreparedRun, whole: Totals, *, ending: Ending) -> ExitCode:
@@ -110,7 +116,7 @@ def shown_columns(config: JobConfig, plan: Plan) -> list[str]:
 
 def _headline(finished: Finished) -> str:
     whole, run = finished.whole, finished.run
-    progress = f"{whole.num_rows} of {run.plan.num_rows} rows are committed"
+    progress = f"{whole.num_rows} of {planned_rows(run.plan.num_rows, run.config)} are committed"
     match finished.ending:
         case Ending.DONE:
             rows = rows_in_shards(whole.num_rows, whole.num_shards)

@@ -92,7 +92,7 @@ class ShardActor:
             message = f"shard {shard.name}: {type(error).__name__}: {error}"
             await self._control.fail.remote(Failure(kind="OutputError", message=message))
             raise
-        self._metrics.note_commit(entry.stats)
+        self._metrics.note_commit(entry.work)
         await self._control.note_commit.remote(shard.name)
         return entry
 

@@ -6,6 +6,7 @@ Constraints are compiled and followed by llguidance. Nothing here needs torch: a
 from __future__ import annotations
 
 import json
+import re
 from collections import OrderedDict
 from collections.abc import Collection, Sequence
 from functools import lru_cache
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 _NUM_COMPILED = 256
 """Constraints kept ready; one row of a table may bring another than the next."""
 
+_DRAWN = re.compile(r"\d+ \|")
 _COMPACT: JsonCompileOptions = {"whitespace_flexible": False}
 """JSON without optional blanks: a model may go on with blanks for ever, and whatever has to come costs no round."""
 
@@ -44,7 +46,7 @@ def problem_of(constraint: Constraint) -> str | None:
         message = LLMatcher.validate_grammar(_grammar(constraint), limits=_limits())
     except ValueError as error:
         message = str(error)
-    return message.strip() or None
+    return _one_line(message) or None
 
 
 class Matcher:
@@ -133,7 +135,7 @@ class Constraints:
             raise ValueError(f"sampling.{constraint.kind} cannot be followed: {problem}")
         matcher = LLMatcher(self._tokenizer, _grammar(constraint), log_level=0, limits=_limits())
         if matcher.is_error():
-            raise ValueError(f"sampling.{constraint.kind} cannot be followed: {matcher.get_error().strip()}")
+            raise ValueError(f"sampling.{constraint.kind} cannot be followed: {_one_line(matcher.get_error())}")
         return matcher
 
     def _read_tokenizer(self) -> LLTokenizer:
@@ -159,6 +161,12 @@ def _grammar(constraint: Constraint) -> str:
         return LLMatcher.grammar_from_lark(constraint.source)
     choices = " | ".join(json.dumps(choice) for choice in json.loads(constraint.source))
     return LLMatcher.grammar_from_lark(f"start: {choices}")
+
+
+def _one_line(message: str) -> str:
+    """Without the drawings that show where in a source something is wrong."""
+    lines = [line.strip() for line in message.splitlines()]
+    return " ".join(line for line in lines if line.strip("^~ ") and not _DRAWN.match(line))
 
 
 def _limits() -> Any:

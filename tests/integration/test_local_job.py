@@ -171,10 +171,17 @@ def test_jsonl_goes_in_and_parquet_comes_out(job: Job) -> None:
     assert read_output(str(job.out)).column("id").to_pylist() == [str(n) for n in range(23)]
 
 
-def test_an_empty_table_is_a_finished_run(make_job: JobOf) -> None:
+@pytest.mark.parametrize("mode", ["resume", "overwrite"])
+def test_an_empty_table_is_a_finished_run_with_its_columns(make_job: JobOf, mode: str) -> None:
     job = make_job(pa.table({"id": pa.array([], pa.string()), "text": pa.array([], pa.string())}))
-    assert run_cli(["run", job.write()]) == ExitCode.OK
+    assert run_cli(["run", job.write(), f"output.mode={mode}"]) == ExitCode.OK
     assert (job.out / "_SUCCESS").exists()
+    empty = read_output(job.out)
+    assert empty.num_rows == 0
+    pq.write_table(texts(["a"]), job.folder / "in.parquet")
+    assert run_cli(["run", job.write(), "output.mode=overwrite"]) == ExitCode.OK
+    assert read_output(job.out).num_rows == 1
+    assert read_output(job.out).schema == empty.schema
 
 
 def test_bad_input_missing_column(job: Job, capsys: Capture) -> None:
@@ -214,17 +221,33 @@ def test_bad_input_values_that_python_cannot_hold_are_shown_as_such(
     broken = pa.array([b"a", b"caf\xe9", b"c"], pa.binary()).view(pa.string())
     far = pa.array([0, 4_000_000, 4_000_001], pa.int32()).view(pa.date32())
     job = make_job(pa.table({"text": broken, "day": far}))
-    for column, shown in (("text", "not valid UTF-8"), ("day", "unreadable value")):
+    for column, shown in (("text", "caf� |"), ("day", "<unreadable value")):
         job.config["input"] = {"path": str(job.folder / "in.parquet"), "columns": [column]}
         job.config["output"]["path"] = str(job.folder / column)
         job.config["limits"] = {"max_failed_fraction": 0.5}
         code = run_cli(["run", job.write(), *flags])
         assert code == (ExitCode.OK if flags else ExitCode.SOME_ROWS_FAILED)
         out = capsys.readouterr().out
-        assert f"{column}=<{shown}" in out
+        assert f"{column}={shown}" in out
         assert ": column text: not valid UTF-8" in out
         assert "; mend it in the input" in out
         assert (job.folder / column / "_SUCCESS").exists() == (not flags)
+
+
+def test_bad_input_text_that_is_not_utf8_comes_out_as_valid_text(job: Job) -> None:
+    job.config["limits"] = {"max_failed_fraction": 0.5}
+    inputs = {"in.csv": b"id,text,note\na,one,caf\xe9\nb,t\xe9,two\n"}
+    inputs["in.jsonl"] = b'{"id":"a","text":"one","note":"caf\xe9"}\n{"id":"b","text":"t\xe9","note":"two"}\n'
+    for name, content in inputs.items():
+        (job.folder / name).write_bytes(content)
+        out = job.folder / f"out-{name}"
+        code = run_cli(["run", job.write(), f"input.path={job.folder / name}", f"output.path={out}"])
+        assert code == ExitCode.SOME_ROWS_FAILED
+        table = read_output(out)
+        table.validate(full=True)
+        assert table["note"].to_pylist() == ["caf�", "two"]
+        assert table["text"].to_pylist() == ["one", "t�"]
+        assert [error and error["code"] for error in table["error"].to_pylist()] == [None, "undecodable_text"]
 
 
 def test_a_run_is_finished_before_its_summary_is_made(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -335,11 +358,14 @@ def test_a_token_budget_stops_the_run_and_a_higher_one_goes_on(job: Job, capsys:
     assert run_cli(["run", job.write()]) == ExitCode.OK
 
 
-def test_retry_failed_makes_only_the_failed_rows_again(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_retry_failed_makes_only_the_failed_rows_again(
+    job: Job, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     failures = "Say text 3=engine_error;Say text 30=engine_error;Say text 12=prompt_too_long"
     monkeypatch.setenv(FAILURES_VARIABLE, failures)
     assert run_cli(["run", job.write(), "limits.max_failed_fraction=0.2"]) == ExitCode.SOME_ROWS_FAILED
     before = job.parts()
+    capsys.readouterr()
     monkeypatch.delenv(FAILURES_VARIABLE)
     code = run_cli(["run", job.write(), "limits.max_failed_fraction=0.2", "--retry-failed"])
     assert code == ExitCode.SOME_ROWS_FAILED
@@ -348,6 +374,13 @@ def test_retry_failed_makes_only_the_failed_rows_again(job: Job, monkeypatch: py
     assert len([name for name in after if after[name] != before[name]]) == 2
     last = job.metrics()[-1]
     assert (last["whole"]["num_rows"], last["whole"]["num_failed_rows"]) == (47, 1)
+    again = [row for row in read_output(job.out).to_pylist() if row["id"] in ("r3", "r30")]
+    assert (last["done"]["num_rows"], last["done"]["num_failed_rows"], last["done"]["num_shards"]) == (2, 0, 2)
+    assert last["done"]["num_generated_tokens"] == sum(row["num_generated_tokens"] for row in again)
+    out, err = capsys.readouterr()
+    assert "done: 47 rows in 8 shards\nthis run: 2 rows in 2 shards" in out
+    assert "2 rows in 2 shards to do" in err
+    assert "rows 2/2 (100 %)" in err
     plain = job.folder / "plain"
     monkeypatch.setenv(FAILURES_VARIABLE, "Say text 12=prompt_too_long")
     run_cli(["run", job.write(), "limits.max_failed_fraction=0.2", f"output.path={plain}"])
@@ -407,6 +440,16 @@ def test_dry_run_counts_rows_and_shards_and_writes_nothing(
     assert "47 rows in 1 file, 8 shards" in out
     assert "fingerprint" in out
     assert not job.out.exists()
+
+
+def test_rows_before_a_filter_are_shown_as_an_upper_bound(job: Job, capsys: Capture) -> None:
+    job.config["input"]["filter"] = "stars > 44"
+    assert run_cli(["run", job.write(), "shards.rows=100", "--dry-run"]) == ExitCode.OK
+    assert "to do        at most 47 rows (before input.filter) in 1 shard" in capsys.readouterr().out
+    assert run_cli(["run", job.write(), "shards.rows=100"]) == ExitCode.OK
+    out, err = capsys.readouterr()
+    assert "at most 47 rows (before input.filter) in 1 shard to do" in err
+    assert "done: 2 rows in 1 shard" in out
 
 
 def test_dry_run_reports_another_fingerprint(job: Job, capsys: Capture) -> None:

@@ -44,7 +44,7 @@ class ScriptedBackend:
     def __init__(
         self, *, entry: ShardStats, num_running: int = 1, on_step: Callable[[int], None] | None = None
     ) -> None:
-        self._entry = SimpleNamespace(stats=entry, shard="shard")
+        self._entry = SimpleNamespace(stats=entry, work=entry, shard="shard")
         self._num_running = num_running
         self._on_step = on_step or (lambda step: None)
         self.is_stopped = False

@@ -76,14 +76,18 @@ def test_overrides_are_yaml_and_win_over_the_file(tmp_path: Path) -> None:
     [
         ("choices=[]", "at least one text"),
         ("choices=[a, '']", "no empty one"),
+        ("choices=[a, b, a]", "must differ"),
+        ("regex=''", "must not be empty"),
         ("regex='(a'", "unclosed group"),
         ("grammar='start: word'", "unknown name"),
         ("json_schema={type: nonsense}", "Invalid type: nonsense"),
     ],
 )
 def test_a_constraint_that_cannot_be_followed_is_refused(tmp_path: Path, value: str, said: str) -> None:
-    problems = problems_of(write(tmp_path, MINIMAL), f"sampling.{value}")
-    assert any(said in problem.message for problem in problems.values())
+    ((field, problem),) = problems_of(write(tmp_path, MINIMAL), f"sampling.{value}").items()
+    assert field == f"sampling.{value.partition('=')[0]}"
+    assert said in problem.message
+    assert problem.source == COMMAND_LINE
 
 
 def test_one_constraint_at_most_and_none_that_never_ends(tmp_path: Path) -> None:

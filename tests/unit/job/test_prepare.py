@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
 from dspark_batch.batch.engines import ENGINE_FACTORY_VARIABLE
-from dspark_batch.errors import ConfigError, FingerprintMismatchError
+from dspark_batch.errors import ConfigError, FingerprintMismatchError, InputError, OutputError
 from dspark_batch.job.prepare import prepare, remaining
 from dspark_batch.job.runner import run_job
 from dspark_batch.job.summary import describe
@@ -57,6 +58,46 @@ def test_a_mismatch_names_settings_even_when_the_input_changed_too(job: Job, tmp
     write_job(tmp_path / "more", reviews(3))
     with pytest.raises(FingerprintMismatchError, match=r"input\.path"):
         prepare(job.write(), overrides=[f"input.path={tmp_path}/more/in.parquet"])
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ("prompt.template=x{{ text", r"prompt\.template: does not parse"),
+        ("prompt.template=x{{ txt }}", r"prompt\.template: the input has no column 'txt'"),
+        ("input.filter=star > 1", r"input\.filter: .*'star'"),
+        ("input.path=nowhere.parquet", r"nowhere\.parquet"),
+    ],
+)
+@pytest.mark.parametrize("mode", ["resume", "error"])
+def test_a_mistake_comes_before_what_the_output_holds(job: Job, wrong: str, message: str, mode: str) -> None:
+    run_job(job.write())
+    with pytest.raises((ConfigError, InputError), match=message):
+        prepare(job.write(), overrides=[wrong, f"output.mode={mode}"])
+
+
+def test_an_output_path_that_is_a_file_or_below_one_is_refused(job: Job) -> None:
+    (job.folder / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"output\.path: '.*/file' is a file"):
+        prepare(job.write(), overrides=[f"output.path={job.folder}/file"])
+    with pytest.raises(ConfigError, match=r"output\.path: '.*/file/a/b' cannot be made: '.*/file' is a file"):
+        prepare(job.write(), overrides=[f"output.path={job.folder}/file/a/b"])
+
+
+@pytest.mark.parametrize("out", ["locked", "locked/new"])
+def test_an_output_path_that_is_not_writable_is_refused(job: Job, out: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    locked = job.folder / "locked"
+    locked.mkdir()
+    may = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != locked and may(path, mode))
+    with pytest.raises(ConfigError, match=r"output\.path: .*the folder '.*/locked' is not writable"):
+        prepare(job.write(), overrides=[f"output.path={job.folder / out}"])
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a folder in which not even root can make another")
+def test_an_output_folder_that_cannot_be_made_is_named(job: Job) -> None:
+    with pytest.raises((ConfigError, OutputError), match=r"output\.path: .*/proc/x/y"):
+        run_job(job.write(), overrides=["output.path=/proc/x/y"])
 
 
 def test_a_relative_output_inside_the_copy_of_a_ray_job_is_refused(
