@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 from dspark_batch.batch.rows import ShardInput
 from dspark_batch.batch.schema import RowSchema, result_columns
 from dspark_batch.batch.utf8 import valid_utf8
-from dspark_batch.core import Result
+from dspark_batch.core import FinishReason, Result
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,6 +22,7 @@ class ShardStats:
     """Totals of one shard. Rows are input rows; a row failed when any of its samples did; tokens sum over samples.
 
     ``num_copied_rows`` counts rows that took the result of an equal prompt; their tokens are included in the totals.
+    ``num_cut_samples``: those that ``sampling.max_new_tokens`` ended.
     """
 
     num_rows: int
@@ -35,6 +36,7 @@ class ShardStats:
     num_drafted_tokens: int
     num_accepted_tokens: int
     num_failed_by_code: dict[str, int] = field(default_factory=dict)
+    num_cut_samples: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,6 +82,7 @@ def table_stats(table: pa.Table, *, num_samples: int, num_copied_rows: int, pref
     def total(name: str) -> int:
         return pc.sum(table.column(f"{prefix}{name}")).as_py() or 0
 
+    is_cut = pc.equal(table.column(f"{prefix}finish_reason"), pa.scalar(FinishReason.LENGTH.value))
     return ShardStats(
         num_rows=table.num_rows // num_samples,
         num_output_rows=table.num_rows,
@@ -92,4 +95,5 @@ def table_stats(table: pa.Table, *, num_samples: int, num_copied_rows: int, pref
         num_drafted_tokens=total("num_drafted_tokens"),
         num_accepted_tokens=total("num_accepted_tokens"),
         num_failed_by_code=dict(sorted(Counter(row[0]["code"] for row in failed.values()).items())),
+        num_cut_samples=int(np.count_nonzero(np.asarray(is_cut))),
     )

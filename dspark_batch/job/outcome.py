@@ -56,6 +56,7 @@ class Totals:
     num_rounds: int = 0
     num_drafted_tokens: int = 0
     num_accepted_tokens: int = 0
+    num_cut_samples: int = 0
     failures: dict[str, int] = field(default_factory=dict)
     failing_shards: dict[str, str] = field(default_factory=dict)
     """One shard of each code in ``failures``, where such a row can be looked at."""
@@ -71,6 +72,7 @@ class Totals:
         self.num_rounds += stats.num_rounds
         self.num_drafted_tokens += stats.num_drafted_tokens
         self.num_accepted_tokens += stats.num_accepted_tokens
+        self.num_cut_samples += stats.num_cut_samples
         for code, count in stats.num_failed_by_code.items():
             self.failures[code] = self.failures.get(code, 0) + count
             self.failing_shards.setdefault(code, shard)

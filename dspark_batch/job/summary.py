@@ -41,7 +41,8 @@ def ending_outcome(finished: Finished) -> Outcome:
     """The exit code and summary for an ending."""
     run, whole = finished.run, finished.whole
     code = exit_code(run, whole, ending=finished.ending)
-    lines = [_headline(finished), *_work_done(finished), *_failures(run, whole), f"output: {run.config.output.path}"]
+    about_rows = [*_failures(run, whole), *_cut_texts(run, whole)]
+    lines = [_headline(finished), *_work_done(finished), *about_rows, f"output: {run.config.output.path}"]
     if finished.done.num_shards:
         lines += _sample_rows(run)
     return Outcome(code=code, text="\n".join(lines))
@@ -172,6 +173,17 @@ def _failures(run: PreparedRun, whole: Totals) -> list[str]:
     if whole.num_retryable_rows:
         line += f"; {whole.num_retryable_rows} may succeed with --retry-failed"
     return [line, *_failed_examples(run, whole)]
+
+
+def _cut_texts(run: PreparedRun, whole: Totals) -> list[str]:
+    """A warning where texts that had to be something were cut before they were."""
+    sampling = run.config.sampling
+    constraint = sampling.constraint()
+    if constraint is None or not whole.num_cut_samples:
+        return []
+    limit = f"sampling.max_new_tokens={sampling.max_new_tokens}"
+    cut = f"{counted(whole.num_cut_samples, 'text')} cut by {limit}"
+    return [f"{cut} before sampling.{constraint.kind} was fulfilled (finish_reason length)"]
 
 
 def _has_too_many_failed(run: PreparedRun, whole: Totals) -> bool:

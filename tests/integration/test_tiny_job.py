@@ -115,3 +115,25 @@ def test_an_engine_with_other_weights_than_the_run_began_with_is_refused_by_name
     assert own[:16] in err
     assert "moved-branch" in err
     assert not job.parts()
+
+
+def test_constrained_texts_are_what_they_have_to_be_and_cut_ones_are_told(job: Job, capsys: Capture) -> None:
+    words = ["yes", "no", "yes, but"]
+    job.config["sampling"] = {"max_new_tokens": 30, "temperature": 2.0, "choices": words}
+    assert run_cli(["run", job.write()]) == ExitCode.SOME_ROWS_FAILED
+    rows = read_output(str(job.out)).to_pylist()
+    assert {row["answer"] for row in rows if row["error"] is None} <= set(words)
+    assert "cut by" not in capsys.readouterr().out
+
+    job.config["output"]["path"] = str(job.folder / "schema")
+    schema = {"type": "object", "properties": {"stars": {"enum": [1, 5]}}, "required": ["stars"]}
+    job.config["sampling"] = {"max_new_tokens": 30, "json_schema": {**schema, "additionalProperties": False}}
+    assert run_cli(["run", job.write()]) == ExitCode.SOME_ROWS_FAILED
+    rows = read_output(str(job.folder / "schema")).to_pylist()
+    assert {row["answer"] for row in rows if row["error"] is None} <= {'{"stars":1}', '{"stars":5}'}
+
+    job.config["output"]["path"] = str(job.folder / "cut")
+    assert run_cli(["run", job.write(), "sampling.max_new_tokens=3"]) == ExitCode.SOME_ROWS_FAILED
+    assert (
+        "2 texts cut by sampling.max_new_tokens=3 before sampling.json_schema was fulfilled" in capsys.readouterr().out
+    )

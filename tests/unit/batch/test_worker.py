@@ -14,7 +14,7 @@ from dspark_batch.batch.prompts import PromptRenderer
 from dspark_batch.batch.results import ShardStats, assemble
 from dspark_batch.batch.rows import ShardInput
 from dspark_batch.batch.worker import BatchWorker, check_schema
-from dspark_batch.core import ErrorCode, Request, Result, RowError
+from dspark_batch.core import ErrorCode, FinishReason, Request, Result, RowError
 from dspark_batch.errors import ConfigError, EngineError
 from dspark_batch.testing.scripted_engine import ScriptedEngine, scripted_result
 
@@ -134,6 +134,7 @@ def counted(rows: list[tuple[Result, ...]], *, num_copied_rows: int) -> ShardSta
         num_retryable_rows=sum(any(error.retryable for error in row) for row in failed),
         num_copied_rows=num_copied_rows,
         num_failed_by_code=dict(sorted(Counter(row[0].code.value for row in failed).items())),
+        num_cut_samples=sum(result.finish_reason is FinishReason.LENGTH for result in flat),
         **totals,
     )
 
