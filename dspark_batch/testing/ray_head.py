@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import socket
@@ -103,7 +104,11 @@ def _free_ports(number: int) -> list[int]:
 def _wait_until_it_takes_jobs(head: RayHead, process: subprocess.Popen[bytes], *, log: Path) -> None:
     deadline_s = time.monotonic() + START_PATIENCE_S
     while True:
-        with contextlib.suppress(OSError), urllib.request.urlopen(f"{head.job_address}/api/jobs/", timeout=5):
+        # A dashboard that is starting answers some paths before others, and not always in JSON.
+        with contextlib.suppress(OSError, ValueError):
+            for path in ("api/version", "api/jobs/"):
+                with urllib.request.urlopen(f"{head.job_address}/{path}", timeout=5) as answer:
+                    json.loads(answer.read())
             return
         text = log.read_text(errors="replace")[-2000:]
         assert process.poll() is None, f"ray start ended with code {process.returncode}:\n{text}"
