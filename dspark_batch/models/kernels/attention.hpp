@@ -53,17 +53,6 @@ struct Plan {
   int partial_stride() const { return shape.head_dim + 2; }
 };
 
-// Keys and values of the item to come. They are asked for while this one is computed: a chunk is too short for the CPU
-// to see a stream in it, and too long to wait for.
-struct Ahead {
-  const char *keys, *values;
-  int count;  // rows
-};
-
-inline void fetch(const char* p, size_t num_bytes) {
-  for (size_t b = 0; b < num_bytes; b += 64) __builtin_prefetch(p + b, 0, 2);
-}
-
 // --- one chunk -----------------------------------------------------------------------------------------------------
 
 template <class T>
@@ -74,10 +63,9 @@ struct Query {
 };
 
 template <class T, int NQ>
-inline void score_block(const Query<T>* qs, const float* block, int cells, float scale, const char* ahead, float* s) {
+inline void score_block(const Query<T>* qs, const float* block, int cells, float scale, float* s) {
   vf acc[NQ][2] = {};
   for (int c = 0; c < cells; c++) {
-    if (ahead) fetch(ahead + c * PACK_KEYS * 4, PACK_KEYS * 4);
     vf k0 = load(block + c * PACK_KEYS), k1 = load(block + c * PACK_KEYS + LANES);
     for (int i = 0; i < NQ; i++) {
       vf x = broadcast_cell(qs[i].q + c * per_cell<T>);
@@ -91,20 +79,20 @@ inline void score_block(const Query<T>* qs, const float* block, int cells, float
   }
 }
 
-// As score_block on keys that are not packed: what one call uses need not be written and read again. Keys past `count`
+// As score_block on keys that are not packed: what one call uses need not be written and read again. Keys past the last
 // count as zero. Sums run in the same order.
 template <class T, int NQ>
-inline void score_rows(const Query<T>* qs, const Span<T>& keys, int k, int count, int dim, float scale, const Ahead* ahead,
-                       float* s) {
+inline void score_rows(const Query<T>* qs, const Stream<T>& keys, int k, int dim, float scale, float* s) {
   alignas(64) static const uint32_t zeros[MAX_HEAD_DIM] = {};
   const int cells = dim / per_cell<T>;
   const uint32_t* row[16];
   for (int i = 0; i < 16; i++)
-    row[i] = k + i < count ? reinterpret_cast<const uint32_t*>(keys.at(k + i, dim)) : zeros;
-  const char* next = ahead && k < ahead->count ? ahead->keys + int64_t(k) * dim * sizeof(T) : nullptr;
+    row[i] = k + i < keys.count ? reinterpret_cast<const uint32_t*>(keys.rows.at(k + i, dim)) : zeros;
   vf acc[NQ] = {};
-  for (int c = 0; c < cells; c += 4) {
-    if (next) fetch(next + c * 64, 4 * 64);
+  constexpr int ASKED = 64 * per_cell<T>;  // elements at a time: 16 rows, evenly
+  for (int c = 0, after = k, from = 0; c < cells; c += 4) {
+    keys.fetch_after(after, dim, from, ASKED);
+    for (from += ASKED; from >= dim; from -= dim) after++;
     vf column[4];
     columns4(row, c, column);
     for (int j = 0; j < 4; j++)
@@ -134,16 +122,15 @@ inline void store_pair(const bf16*, float* to, vf a, vf b) {
 
 // Sums of p over NP pairs of vectors of every value in [k0, k1).
 template <class T, int NQ, int NP>
-inline void value_block(const Query<T>* qs, const Span<T>& values, int dim, int at, int k0, int k1, const float* p,
-                        const Ahead* ahead) {
+inline void value_block(const Query<T>* qs, const Stream<T>& stream, int dim, int at, int k0, int k1, const float* p) {
+  const Span<T>& values = stream.rows;
   vf acc[NQ][2 * NP] = {};
   for (int part = 0; part < 2; part++) {
     int first = part ? values.count[0] : 0, last = part ? values.count[0] + values.count[1] : values.count[0];
     int from = k0 > first ? k0 : first, to = k1 < last ? k1 : last;
     for (int k = from; k < to; k++) {
       const T* v = values.base[part] + int64_t(k - first) * dim + at;
-      if (ahead && k < ahead->count)
-        fetch(ahead->values + (int64_t(k) * dim + at) * sizeof(T), 2 * NP * LANES * sizeof(T));
+      stream.fetch_after(k, dim, at, 2 * NP * LANES);
       vf x[2 * NP];
 #pragma GCC unroll 8
       for (int j = 0; j < NP; j++) load_pair(v + 2 * j * LANES, x[2 * j], x[2 * j + 1]);
@@ -202,17 +189,15 @@ inline void exponentials(const Query<T>& q, int k0, int k1, float* s) {
   q.partial[1] = hsum(sum);
 }
 
-// Keys of a chunk: packed, or null where they are read as they lie.
+// Keys of a chunk: packed, or null where they are read as they lie. Then its values.
 template <class T>
-struct Keys {
+struct Chunk {
   const float* packed;
-  Span<T> rows;
-  int count;
+  Stream<T> keys, values;
 };
 
 template <class T, int NQ>
-void chunk_tile(const Query<T>* qs, const Keys<T>& keys, const Span<T>& values, int dim, float scale, const Ahead* ahead,
-                float* s) {
+void chunk_tile(const Query<T>* qs, const Chunk<T>& chunk, int dim, float scale, float* s) {
   int lo = CHUNK_KEYS, hi = 0, cells = dim / per_cell<T>;
   for (int i = 0; i < NQ; i++) {
     if (qs[i].lo >= qs[i].hi) continue;
@@ -222,34 +207,34 @@ void chunk_tile(const Query<T>* qs, const Keys<T>& keys, const Span<T>& values, 
   if (lo >= hi) lo = hi = 0;
   int from = lo / PACK_KEYS * PACK_KEYS, to = (hi + PACK_KEYS - 1) / PACK_KEYS * PACK_KEYS;
   for (int k = from; k < to; k += PACK_KEYS) {
-    if (!keys.packed) {
-      score_rows<T, NQ>(qs, keys.rows, k, keys.count, dim, scale, ahead, s + k);
-      score_rows<T, NQ>(qs, keys.rows, k + LANES, keys.count, dim, scale, ahead, s + k + LANES);
+    if (!chunk.packed) {
+      score_rows<T, NQ>(qs, chunk.keys, k, dim, scale, s + k);
+      score_rows<T, NQ>(qs, chunk.keys, k + LANES, dim, scale, s + k + LANES);
       continue;
     }
-    const char* rows = ahead && k < ahead->count ? ahead->keys + int64_t(k) * dim * sizeof(T) : nullptr;
-    score_block<T, NQ>(qs, keys.packed + int64_t(k) * cells, cells, scale, rows, s + k);
+    score_block<T, NQ>(qs, chunk.packed + int64_t(k) * cells, cells, scale, s + k);
   }
   for (int i = 0; i < NQ; i++) exponentials(qs[i], from, to, s + i * CHUNK_KEYS);
   int at = 0;
-  for (; SUMS >= 4 * QUERY_TILE && at + 64 <= dim; at += 64) value_block<T, NQ, 2>(qs, values, dim, at, lo, hi, s, ahead);
-  for (; at + 32 <= dim; at += 32) value_block<T, NQ, 1>(qs, values, dim, at, lo, hi, s, ahead);
-  if (at < dim) value_rest<T, NQ>(qs, values, dim, lo, hi, s);
+  for (; SUMS >= 4 * QUERY_TILE && at + 64 <= dim; at += 64) value_block<T, NQ, 2>(qs, chunk.values, dim, at, lo, hi, s);
+  for (; at + 32 <= dim; at += 32) value_block<T, NQ, 1>(qs, chunk.values, dim, at, lo, hi, s);
+  if (at < dim) value_rest<T, NQ>(qs, chunk.values.rows, dim, lo, hi, s);
 }
 
 template <class T>
-void chunk_attend(const Query<T>* qs, int num, const Keys<T>& keys, const Span<T>& values, int dim, float scale,
-                  const Ahead* ahead) {
+void chunk_attend(const Query<T>* qs, int num, Chunk<T> chunk, int dim, float scale) {
   alignas(64) float s[QUERY_TILE * CHUNK_KEYS];
   int i = 0;
-  for (; i + QUERY_TILE <= num; i += QUERY_TILE, ahead = nullptr)
-    chunk_tile<T, QUERY_TILE>(qs + i, keys, values, dim, scale, ahead, s);
+  for (; i + QUERY_TILE <= num; i += QUERY_TILE) {
+    chunk_tile<T, QUERY_TILE>(qs + i, chunk, dim, scale, s);
+    chunk.values.count = chunk.values.num_then = 0;  // nothing is left to ask for
+  }
   switch (num - i) {
-    case 5: return chunk_tile<T, 5>(qs + i, keys, values, dim, scale, ahead, s);
-    case 4: return chunk_tile<T, 4>(qs + i, keys, values, dim, scale, ahead, s);
-    case 3: return chunk_tile<T, 3>(qs + i, keys, values, dim, scale, ahead, s);
-    case 2: return chunk_tile<T, 2>(qs + i, keys, values, dim, scale, ahead, s);
-    case 1: return chunk_tile<T, 1>(qs + i, keys, values, dim, scale, ahead, s);
+    case 5: return chunk_tile<T, 5>(qs + i, chunk, dim, scale, s);
+    case 4: return chunk_tile<T, 4>(qs + i, chunk, dim, scale, s);
+    case 3: return chunk_tile<T, 3>(qs + i, chunk, dim, scale, s);
+    case 2: return chunk_tile<T, 2>(qs + i, chunk, dim, scale, s);
+    case 1: return chunk_tile<T, 1>(qs + i, chunk, dim, scale, s);
     default: return;
   }
 }
@@ -310,12 +295,11 @@ struct Attend {
     if (q.hi < 0) q.hi = 0;
   }
 
-  Ahead ahead_of(const Item& item) const {
-    const Row& r = plan.rows[plan.order[item.row]];
-    const int k0 = item.chunk0 * CHUNK_KEYS, dim = plan.shape.head_dim, left = r.kv_len - k0;
-    const int count = left < 0 ? 0 : left < CHUNK_KEYS ? left : CHUNK_KEYS;
-    return {reinterpret_cast<const char*>(span_of(head(k, item.kv_head), r, dim, k0, count).at(0, dim)),
-            reinterpret_cast<const char*>(span_of(head(v, item.kv_head), r, dim, k0, count).at(0, dim)), count};
+  // The first keys of a chunk that lie in the cache already.
+  std::pair<const T*, int> first_keys(const Row& r, int kv_head, int chunk) const {
+    const int k0 = chunk * CHUNK_KEYS, left = r.kv_len - k0;
+    const int count = left < 0 ? 0 : left < ROWS_AHEAD ? left : ROWS_AHEAD;
+    return {span_of(head(k, kv_head), r, plan.shape.head_dim, k0, count).at(0, plan.shape.head_dim), count};
   }
 
   // next: what this thread will probably run afterwards, or null.
@@ -324,7 +308,6 @@ struct Attend {
     int count = 0;
     for (int i = 0; i < item.num_rows; i++) count += plan.rows[plan.order[item.row + i]].num_tokens * group;
     if (!item.split) count = item.num_tokens * group;
-    const Ahead ahead = next ? ahead_of(*next) : Ahead{};
     static thread_local std::vector<Query<T>> qs;
     qs.resize(count);
     float* keys = scratch<0>(CHUNK_KEYS * dim + size_t(item.split ? 0 : 2 * count * stride));
@@ -348,11 +331,17 @@ struct Attend {
           }
       }
       const Row& r = plan.rows[plan.order[item.row]];
-      Span<T> values = span_of(head(v, item.kv_head), r, dim, k0, last);
-      Keys<T> chunk_keys{n > QUERY_TILE ? keys : nullptr, span_of(head(k, item.kv_head), r, dim, k0, last), last};
-      if (chunk_keys.packed) pack_keys(chunk_keys.rows, last, dim, keys);
       const bool is_last = chunk + 1 == item.chunk0 + item.num_chunks;
-      chunk_attend(qs.data(), n, chunk_keys, values, dim, plan.shape.scale, next && is_last ? &ahead : nullptr);
+      std::pair<const T*, int> then{nullptr, 0};
+      if (!is_last) then = first_keys(r, item.kv_head, chunk + 1);
+      else if (next) then = first_keys(plan.rows[plan.order[next->row]], next->kv_head, next->chunk0);
+      const Span<T> own_keys = span_of(head(k, item.kv_head), r, dim, k0, last);
+      const Span<T> own_values = span_of(head(v, item.kv_head), r, dim, k0, last);
+      const Chunk<T> read{n > QUERY_TILE ? keys : nullptr,
+                          {own_keys, last, own_values.at(0, dim), last < ROWS_AHEAD ? last : ROWS_AHEAD},
+                          {own_values, last, then.first, then.second}};
+      if (read.packed) pack_keys(read.keys, dim, keys);
+      chunk_attend(qs.data(), n, read, dim, plan.shape.scale);
       if (!item.split)
         for (int i = 0; i < n; i++) fold(totals + i * stride, qs[i].partial, dim);
     }

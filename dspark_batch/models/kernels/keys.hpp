@@ -96,16 +96,40 @@ inline Span<T> span_of(const T* head, const Row& r, int dim, int k0, int count) 
   return {{head + (int64_t(r.prefix_start) + k0) * dim, head + own * dim}, {before, count - before}};
 }
 
+constexpr int ROWS_AHEAD = 16;
+
+DS_INLINE void fetch(const void* p, size_t num_bytes) {
+  for (size_t b = 0; b < num_bytes; b += 64) __builtin_prefetch(static_cast<const char*>(p) + b, 0, 2);
+}
+
+// Keys or values in the order in which they are read, and what is read after them. Those a few rows on are asked for all
+// the time: runs are too short for the CPU to see a stream in them, and too long to wait for.
+template <class T>
+struct Stream {
+  Span<T> rows;
+  int count;
+  const T* then;
+  int num_then;
+
+  // Elements [from, from + num) of the row that comes ROWS_AHEAD after row i.
+  DS_INLINE void fetch_after(int i, int dim, int from, int num) const {
+    const int row = i + ROWS_AHEAD, beyond = row - count;
+    if (beyond < 0) fetch(rows.at(row, dim) + from, num * sizeof(T));
+    else if (beyond < num_then) fetch(then + int64_t(beyond) * dim + from, num * sizeof(T));
+  }
+};
+
 // out [blocks][dim cells][PACK_KEYS] cells; keys past `count` are zero.
 template <class T>
-inline void pack_keys(const Span<T>& keys, int count, int dim, float* out) {
+inline void pack_keys(const Stream<T>& keys, int dim, float* out) {
   alignas(64) static const uint32_t zeros[MAX_HEAD_DIM] = {};
-  int cells = dim / per_cell<T>;
+  const int cells = dim / per_cell<T>, count = keys.count;
   for (int k = 0; k < count; k += LANES) {
+    for (int i = 0; i < LANES; i++) keys.fetch_after(k + i, dim, 0, dim);
     float* block = out + int64_t(k / PACK_KEYS) * cells * PACK_KEYS + k % PACK_KEYS;
     const uint32_t* row[16];
     for (int i = 0; i < 16; i++)
-      row[i] = k + i < count ? reinterpret_cast<const uint32_t*>(keys.at(k + i, dim)) : zeros;
+      row[i] = k + i < count ? reinterpret_cast<const uint32_t*>(keys.rows.at(k + i, dim)) : zeros;
     int c = 0;
     for (; c + 16 <= cells; c += 16) {
       const uint32_t* from[16];
