@@ -263,6 +263,7 @@ class ShardSection(Section):
 class LimitsSection(Section):
     max_failed_fraction: float = Field(default=0.05, ge=0, le=1)
     max_generated_tokens: int | None = Field(default=None, ge=1)
+    max_run_s: float | None = Field(default=None, gt=0, description="how long one start of the run begins shards")
     exit_code_on_failed_rows: Literal[3, 0] = Field(
         default=3, description="0: for orchestrators that take every other code for a job to run again"
     )

@@ -1,4 +1,4 @@
-"""Drives a backend to the end of the run, or to an earlier stop: signal, token budget, too many failed rows."""
+"""Drives a backend to the end of the run, or to an earlier stop: signal, token or time budget, too many failed rows."""
 
 from __future__ import annotations
 
@@ -27,15 +27,18 @@ class Ending(StrEnum):
     SIGNAL = "signal"
     GRACE_OVER = "grace_over"
     TOKEN_BUDGET = "token_budget"
+    TIME_BUDGET = "time_budget"
     TOO_MANY_FAILED = "too_many_failed"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bounds:
-    """When to stop early. Both count over the whole run, committed shards of earlier processes included."""
+    """When to stop early. Rows and tokens count over the whole run, committed shards of earlier processes included;
+    time counts from the start of ``drive``."""
 
     max_failed_rows: float
     max_generated_tokens: int | None
+    max_run_s: float | None
 
 
 def drive(
@@ -58,6 +61,7 @@ def drive(
     if stop.is_asked():
         say_nothing_began(report, stop)
         return Ending.SIGNAL
+    start_s = clock()
     ending = Ending.DONE
     deadline_s: float | None = None
     num_told = 0
@@ -81,9 +85,9 @@ def drive(
                 "(once more to end at once)"
             )
         elif ending is Ending.DONE:
-            ending = bound_reached(whole, bounds)
-            if ending is not Ending.DONE:
-                backend.stop()
+            ending = bound_reached(whole, bounds, elapsed_s=clock() - start_s)
+            if ending is not Ending.DONE and not backend.stop():
+                return ending
         if deadline_s is not None and clock() > deadline_s:
             return Ending.GRACE_OVER
     if ending is not Ending.DONE and done.num_shards == len(shards):
@@ -96,10 +100,12 @@ def say_nothing_began(report: ProgressReport, stop: StopRequest) -> None:
     report.say(f"{stop.signal_name}: no shard has begun, ending now (once more to end at once)")
 
 
-def bound_reached(whole: Totals, bounds: Bounds) -> Ending:
-    """The bound that the whole run has reached, or ``DONE`` for none."""
+def bound_reached(whole: Totals, bounds: Bounds, *, elapsed_s: float = 0.0) -> Ending:
+    """The bound that the run has reached, or ``DONE`` for none."""
     if whole.num_failed_rows > bounds.max_failed_rows:
         return Ending.TOO_MANY_FAILED
     if bounds.max_generated_tokens is not None and whole.num_generated_tokens >= bounds.max_generated_tokens:
         return Ending.TOKEN_BUDGET
+    if bounds.max_run_s is not None and elapsed_s >= bounds.max_run_s:
+        return Ending.TIME_BUDGET
     return Ending.DONE

@@ -75,6 +75,7 @@ def _run_to_end(run: PreparedRun, *, retry_failed: bool, verify: bool, stream: T
     bounds = Bounds(
         max_failed_rows=run.config.limits.max_failed_fraction * run.plan.num_rows,
         max_generated_tokens=run.config.limits.max_generated_tokens,
+        max_run_s=run.config.limits.max_run_s,
     )
     before = bound_reached(left.totals, bounds)
     if before is not Ending.DONE:

@@ -134,6 +134,9 @@ def _headline(finished: Finished) -> str:
                 f"stopped at limits.max_generated_tokens={limit}: {progress}, {whole.num_generated_tokens} tokens; "
                 "raise the limit and run the same command to go on"
             )
+        case Ending.TIME_BUDGET:
+            limit_s = run.config.limits.max_run_s
+            return f"stopped at limits.max_run_s={limit_s:g}: {progress}; the same command goes on from here"
         case Ending.TOO_MANY_FAILED:
             limit_fraction = run.config.limits.max_failed_fraction
             return f"stopped, more rows failed than limits.max_failed_fraction={limit_fraction} allows: {progress}"

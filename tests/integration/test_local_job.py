@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 
 import pyarrow as pa
@@ -17,7 +18,7 @@ from dspark_batch.errors import ConfigError
 from dspark_batch.job.outcome import ExitCode
 from dspark_batch.testing.counting_engine import FACTORY as COUNTING
 from dspark_batch.testing.counting_engine import EngineFolder
-from dspark_batch.testing.engine_factories import FAILURES_VARIABLE, FAULT_AFTER_VARIABLE
+from dspark_batch.testing.engine_factories import FAILURES_VARIABLE, FAULT_AFTER_VARIABLE, STEP_DELAY_VARIABLE
 from dspark_batch.testing.jobs import Job
 
 REFUSING = "dspark_batch.testing.engine_factories:refusing"
@@ -356,6 +357,23 @@ def test_a_token_budget_stops_the_run_and_a_higher_one_goes_on(job: Job, capsys:
     assert run_cli(["run", job.write(), "limits.max_generated_tokens=1"]) == ExitCode.FATAL
     assert len(job.parts()) == num_before
     assert run_cli(["run", job.write()]) == ExitCode.OK
+
+
+def test_a_run_stops_when_its_time_is_over_and_the_same_command_goes_on(
+    job: Job, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(STEP_DELAY_VARIABLE, "0.05")
+    job.config["ray"] = {"shards_in_flight": 1}
+    job.config["limits"] = {"max_run_s": 1e-6}
+    assert run_cli(["run", job.write()]) == ExitCode.FATAL
+    assert re.match(
+        r"stopped at limits\.max_run_s=1e-06: \d+ of 47 rows are committed; the same command goes on from here\n",
+        capsys.readouterr().out,
+    )
+    before = job.parts()
+    assert 0 < len(before) < 8
+    assert run_cli(["run", job.write(), "limits.max_run_s=null"]) == ExitCode.OK
+    assert {name: job.parts()[name] for name in before} == before
 
 
 def test_retry_failed_makes_only_the_failed_rows_again(

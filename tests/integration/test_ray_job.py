@@ -130,11 +130,22 @@ def test_the_transform_works_in_a_pipeline_of_someone_else(ray_loopback: None) -
     assert rows == dict(zip(whole["key"].to_pylist(), whole["answer"].to_pylist(), strict=True))
 
 
-def test_a_run_starts_its_own_ray_on_the_loopback_and_stops_it(job: Job) -> None:
-    """In a process of its own, as from a shell; through the entry point for ``ray job submit``."""
+def run_in_process(job: Job, *overrides: str) -> subprocess.CompletedProcess[str]:
+    """As from a shell; through the entry point for ``ray job submit``."""
     environment = {**os.environ, "RAY_ADDRESS": ""}
-    command = [sys.executable, str(ROOT / "jobs" / "generate.py"), job.write(), "engine.backend=ray"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment, check=False)
+    command = [sys.executable, str(ROOT / "jobs" / "generate.py"), job.write(), "engine.backend=ray", *overrides]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment, check=False)
+
+
+def test_actors_that_still_load_when_the_time_is_over_begin_no_shard(job: Job) -> None:
+    done = run_in_process(job, "limits.max_run_s=0.001")
+    assert done.returncode == ExitCode.FATAL, done.stderr
+    assert "stopped at limits.max_run_s=0.001: 0 of 47 rows are committed; the same command goes on" in done.stdout
+    assert not job.parts()
+
+
+def test_a_run_starts_its_own_ray_on_the_loopback_and_stops_it(job: Job) -> None:
+    done = run_in_process(job)
     assert done.returncode == ExitCode.OK, done.stderr
     assert "RAY_" not in done.stderr, "what Ray says of itself is kept from the terminal"
     assert "done: 47 rows in 8 shards" in done.stdout

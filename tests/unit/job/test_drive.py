@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,7 +20,7 @@ from dspark_batch.job.outcome import Totals
 from dspark_batch.job.progress import LineReport, Work
 from dspark_batch.job.signals import StoppedEarlyError, StopRequest, made_unless_stopped
 
-NO_BOUNDS = Bounds(max_failed_rows=1e9, max_generated_tokens=None)
+NO_BOUNDS = Bounds(max_failed_rows=1e9, max_generated_tokens=None, max_run_s=None)
 
 
 def stats(*, num_rows: int = 10, num_failed: int = 0, num_tokens: int = 100) -> ShardStats:
@@ -150,7 +151,7 @@ def test_shards_that_outlast_the_grace_time_are_given_up() -> None:
 
 
 def test_the_token_budget_counts_earlier_processes_and_stops() -> None:
-    bounds = Bounds(max_failed_rows=1e9, max_generated_tokens=500)
+    bounds = replace(NO_BOUNDS, max_generated_tokens=500)
     ending, done, _ = run(
         ScriptedBackend(entry=stats(num_tokens=100), num_running=0),
         50,
@@ -161,8 +162,40 @@ def test_the_token_budget_counts_earlier_processes_and_stops() -> None:
     assert done.num_shards == 3
 
 
+class Clock:
+    """Moves by ``step_s`` whenever a scripted shard begins."""
+
+    def __init__(self, *, step_s: float) -> None:
+        self._step_s = step_s
+        self.now_s = 1000.0
+
+    def tick(self, step: int) -> None:
+        self.now_s += self._step_s
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+@pytest.mark.parametrize(("num_shards", "ending", "num_done"), [(50, Ending.TIME_BUDGET, 5), (5, Ending.DONE, 5)])
+def test_once_its_time_is_over_the_run_begins_no_shard_and_those_in_flight_commit(
+    num_shards: int, ending: Ending, num_done: int
+) -> None:
+    clock = Clock(step_s=30.0)
+    backend = ScriptedBackend(entry=stats(), num_running=3, on_step=clock.tick)
+    found, done, _ = run(backend, num_shards, bounds=replace(NO_BOUNDS, max_run_s=60.0), clock=clock)
+    assert (found, done.num_shards) == (ending, num_done)
+
+
+def test_a_run_whose_time_is_over_before_any_shard_began_ends_at_once() -> None:
+    clock = Clock(step_s=30.0)
+    backend = ScriptedBackend(entry=stats(), on_step=clock.tick)
+    backend.has_begun = False
+    ending, done, _ = run(backend, 50, bounds=replace(NO_BOUNDS, max_run_s=30.0), clock=clock)
+    assert (ending, done.num_shards) == (Ending.TIME_BUDGET, 0)
+
+
 def test_too_many_failed_rows_stop_the_run_early() -> None:
-    bounds = Bounds(max_failed_rows=4, max_generated_tokens=None)
+    bounds = replace(NO_BOUNDS, max_failed_rows=4)
     ending, done, _ = run(ScriptedBackend(entry=stats(num_failed=3), num_running=0), 50, bounds=bounds)
     assert ending is Ending.TOO_MANY_FAILED
     assert done.num_failed_rows == 6
