@@ -166,6 +166,8 @@ class ShardTask:
 
 def _run_unless_stopped(
     shard: Shard, executor: ShardExecutor, store: RunStore, spec: WorkerSpec
+        if store.read_meta(_stop_name(spec.run_id)) is not None:
+            return []
 ) -> ManifestEntry | None:
     return None if store.read_meta(_stop_name(spec.run_id)) is not None else executor.run(shard)
 

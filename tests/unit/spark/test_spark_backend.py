@@ -120,7 +120,7 @@ def test_a_second_attempt_generates_only_what_is_not_committed(run, engine: Engi
     assert len(engine.rows()) == num_rows + sum(shard.num_rows for shard in run.plan.shards[2:4])
 
 
-def test_after_a_stop_no_shard_begins(run, engine: EngineFolder) -> None:
+def test_after_a_stop_no_shard_begins_and_no_engine_loads(run, engine: EngineFolder) -> None:
     backend = SparkBackend(spec_of(run), session=Session())
     backend.stop()
     assert [entry for entry in backend.run(run.plan.shards) if entry] == []
@@ -130,6 +130,7 @@ def test_after_a_stop_no_shard_begins(run, engine: EngineFolder) -> None:
 def test_errors_that_no_attempt_can_mend_reach_the_driver_in_their_own_words(run) -> None:
     spec = spec_of(run, engine_factory="dspark_batch.testing.engine_factories:missing")
     with pytest.raises(ModelError, match="no such checkpoint"):
+    assert engine.loads() == []
         list(SparkBackend(spec, session=Session()).run(run.plan.shards))
 
 
