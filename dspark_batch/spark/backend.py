@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import pickle
 import queue
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -48,7 +49,8 @@ class Failure:
 class SparkBackend:
     """Deals shards to Spark tasks, each with one engine. Uses the active session, or makes one (``spark-submit``).
 
-    Stopping works through a file in the run's folder, which tasks look for before each shard.
+    Stopping works through a file in the run's folder, which tasks look for before each shard. What tasks warn of comes
+    through files there too, which are removed once they are read.
     """
 
     def __init__(self, spec: WorkerSpec, *, session: SparkSession | None = None) -> None:
@@ -56,6 +58,7 @@ class SparkBackend:
         self._session = session or SparkSession.getActiveSession() or SparkSession.builder.getOrCreate()
         self._store = spec.open_store()
         self._counts = LiveCounts()
+        self._warnings: list[str] = []
         check_session(self._session, spec.config)
 
     def run(self, shards: Sequence[Shard]) -> Iterator[ManifestEntry | None]:
@@ -68,10 +71,14 @@ class SparkBackend:
         next_look_s = time.monotonic() + MANIFEST_INTERVAL_S
         while outcome.empty():
             time.sleep(TICK_S)
-            if not self._spec.retry_failed and time.monotonic() >= next_look_s:
-                yield from self._new_entries(waiting)
+            if time.monotonic() >= next_look_s:
+                self._take_warnings()
+                if not self._spec.retry_failed:
+                    yield from self._new_entries(waiting)
                 next_look_s = time.monotonic() + MANIFEST_INTERVAL_S
             yield None
+        self._take_warnings()
+        yield None
         yield from self._last_entries(outcome.get(), waiting)
 
     def live(self) -> LiveCounts:
@@ -83,8 +90,8 @@ class SparkBackend:
         return True
 
     def warnings(self) -> Sequence[str]:
-        """None: they are in the logs of the executors."""
-        return ()
+        """See ``Backend.warnings``; also the faults of engines, each of which failed a task."""
+        return tuple(self._warnings)
 
     def stop(self) -> bool:
         """Begin no further shard. Those that run go on to their commit; whether any does is not known here."""
@@ -102,6 +109,17 @@ class SparkBackend:
             if name in waiting:
                 waiting.remove(name)
                 yield entry
+
+    def _take_warnings(self) -> None:
+        files = self._store.store.files(self._store.ticket.meta).values()
+        for file in sorted(files, key=lambda file: file.modified_s):
+            name = file.name.rpartition("/")[2]
+            if not name.startswith(_warning_prefix(self._spec.run_id)):
+                continue
+            text = self._store.read_meta(name)
+            if text is not None and text not in self._warnings:
+                self._warnings.append(text)
+            self._store.store.delete(file.name)
 
     def _last_entries(
         self, outcome: list[ManifestEntry | Failure] | BaseException, waiting: set[str]
@@ -148,14 +166,18 @@ class ShardTask:
     def _work(self, shards: Sequence[Shard], spec: WorkerSpec) -> list[ManifestEntry | Failure]:
         """Raises EngineError, so that Spark tries the task again; shards that are committed are not generated again."""
         store = spec.open_store()
+        if store.read_meta(_stop_name(spec.run_id)) is not None:
+            return []
         in_flight = spec.config.shards_in_flight(num_shards=len(shards))
         try:
             with (
                 ShardExecutor(spec) as executor,
                 ThreadPoolExecutor(in_flight, "dspark-batch-shard") as threads,
             ):
+                _warn(store, executor.warnings)
                 found = list(threads.map(lambda shard: _run_unless_stopped(shard, executor, store, spec), shards))
-        except EngineError:
+        except EngineError as error:
+            _warn(store, [f"the engine broke, which failed its Spark task: {error}"])
             raise
         except DSparkBatchError as error:
             store.write_meta(_stop_name(spec.run_id), "stop\n")
@@ -166,14 +188,23 @@ class ShardTask:
 
 def _run_unless_stopped(
     shard: Shard, executor: ShardExecutor, store: RunStore, spec: WorkerSpec
-        if store.read_meta(_stop_name(spec.run_id)) is not None:
-            return []
 ) -> ManifestEntry | None:
     return None if store.read_meta(_stop_name(spec.run_id)) is not None else executor.run(shard)
 
 
 def _stop_name(run_id: str) -> str:
     return f"stop-{run_id}"
+
+
+def _warn(store: RunStore, texts: Iterable[str]) -> None:
+    """Tell the driver; equal texts of several tasks are one file."""
+    for text in texts:
+        digest = hashlib.sha256(text.encode()).hexdigest()[:12]
+        store.write_meta(f"{_warning_prefix(store.run_id)}{digest}", text)
+
+
+def _warning_prefix(run_id: str) -> str:
+    return f"warning-{run_id}-"
 
 
 def _collect(tasks: DataFrame, outcome: queue.SimpleQueue[list[ManifestEntry | Failure] | BaseException]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import pickle
 from pathlib import Path
 
@@ -12,8 +13,12 @@ import pytest
 from dspark_batch.batch.commit import RunStore
 from dspark_batch.batch.executor import WorkerSpec
 from dspark_batch.errors import ConfigError, EngineError, ModelError
+from dspark_batch.job.drive import Bounds, drive
 from dspark_batch.job.loader import config_from_values, dump_config
+from dspark_batch.job.outcome import Totals
 from dspark_batch.job.prepare import prepare
+from dspark_batch.job.progress import LineReport, Work
+from dspark_batch.job.signals import StopRequest
 from dspark_batch.spark.backend import ShardTask, SparkBackend
 from dspark_batch.testing.counting_engine import FACTORY, EngineFolder
 
@@ -125,12 +130,12 @@ def test_after_a_stop_no_shard_begins_and_no_engine_loads(run, engine: EngineFol
     backend.stop()
     assert [entry for entry in backend.run(run.plan.shards) if entry] == []
     assert engine.rows() == []
+    assert engine.loads() == []
 
 
 def test_errors_that_no_attempt_can_mend_reach_the_driver_in_their_own_words(run) -> None:
     spec = spec_of(run, engine_factory="dspark_batch.testing.engine_factories:missing")
     with pytest.raises(ModelError, match="no such checkpoint"):
-    assert engine.loads() == []
         list(SparkBackend(spec, session=Session()).run(run.plan.shards))
 
 
@@ -139,6 +144,34 @@ def test_a_config_that_does_not_fit_is_still_a_config_error_with_its_problems(ru
     with pytest.raises(ConfigError) as error:
         list(SparkBackend(spec, session=Session()).run(run.plan.shards))
     assert [problem.field for problem in error.value.problems] == ["DSPARK_BATCH_ENGINE_FACTORY"]
+
+
+@pytest.mark.parametrize("retry_failed", [False, True])
+def test_what_engines_warn_of_reaches_the_driver_once(run, engine: EngineFolder, retry_failed: bool) -> None:
+    EngineFolder.make(engine.path, warning="native kernels are off: no compiler")
+    backend = SparkBackend(spec_of(run, retry_failed=retry_failed), session=Session())
+    told = [backend.warnings() for _ in backend.run(run.plan.shards)]
+    assert len(engine.loads()) == 3
+    assert told[-1] == ("native kernels are off: no compiler",)
+    assert not [name for name in run.store.store.files("_dspark") if "warning" in name]
+
+
+def test_a_fault_of_an_engine_is_told_before_spark_gives_up(run, engine: EngineFolder) -> None:
+    EngineFolder.make(engine.path, break_on={"b5": "raise"})
+    backend = SparkBackend(spec_of(run), session=Session())
+    stream = io.StringIO()
+    work = Work(num_rows=NUM_ROWS, num_shards=len(run.plan.shards), max_tokens_per_row=9)
+    with LineReport(work, stream=stream) as report, pytest.raises(EngineError, match="Spark ended the run"):
+        drive(
+            backend,
+            run.plan.shards,
+            done=Totals(),
+            whole=Totals(),
+            bounds=Bounds(max_failed_rows=0, max_generated_tokens=None, max_run_s=None),
+            report=report,
+            stop=StopRequest(),
+        )
+    assert "warning: the engine broke, which failed its Spark task: scripted fault over 5\n" in stream.getvalue()
 
 
 def test_an_error_of_spark_itself_is_an_engine_error_with_its_last_words(run, monkeypatch: pytest.MonkeyPatch) -> None:
