@@ -4,18 +4,13 @@ from __future__ import annotations
 
 import threading
 import weakref
-from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
-from dspark_batch.batch.commit import RunStore, read_output
-from dspark_batch.batch.executor import WorkerSpec
+from dspark_batch.batch.commit import read_output
 from dspark_batch.batch.isolation import EngineGate
 from dspark_batch.batch.restart import RestartingExecutor
-from dspark_batch.batch.shards import make_plan
 from dspark_batch.engine.config import EngineConfig
 from dspark_batch.errors import EngineError
 from dspark_batch.job.local import LocalBackend
@@ -32,29 +27,16 @@ def breaking_once(config: EngineConfig) -> ScriptedEngine:
     return engine
 
 
-def test_the_engine_that_broke_is_out_of_memory_before_the_next_is_made(make_config: Any, tmp_path: Path) -> None:
+def test_the_engine_that_broke_is_out_of_memory_before_the_next_is_made(open_run: Any) -> None:
     made.clear()
-    (tmp_path / "in").mkdir()
-    pq.write_table(pa.table({"text": [f"t{n}" for n in range(40)]}), tmp_path / "in" / "a.parquet", row_group_size=10)
-    config = make_config(shards={"rows": 10})
-    plan = make_plan(config.input, max_rows=10)
-    run = RunStore(config.output.path)
-    run.open({"a": 1})
-    spec = WorkerSpec(
-        config=config,
-        plan_schema=plan.schema,
-        fingerprint=run.ticket.fingerprint,
-        run_id=run.run_id,
-        engine_factory=f"{__name__}:breaking_once",
-        ticket=run.ticket,
-    )
+    plan, spec = open_run(f"{__name__}:breaking_once")
     with RestartingExecutor(spec) as executor:
         backend = LocalBackend(executor.run, live=executor.live, shards_in_flight=3, restart=executor.restart)
         entries = [entry for entry in backend.run(plan.shards) if entry is not None]
         assert backend.live().num_samples >= 40
     assert len(made) == 2
     assert sorted(entry.shard for entry in entries) == sorted(shard.name for shard in plan.shards)
-    assert read_output(config.output.path)["error"].null_count == 40
+    assert read_output(spec.config.output.path)["error"].null_count == 40
 
 
 def test_after_a_stop_a_broken_engine_is_not_replaced() -> None:
