@@ -41,6 +41,7 @@ ALLOWED_PACKAGES: dict[str, set[str]] = {
     "report": VOCABULARY,
     "bench": VOCABULARY,
     "cli": VOCABULARY | {"job", "report", "bench"},
+    "__main__": VOCABULARY | {"cli"},
     "jobs": VOCABULARY | {"job", "report", "bench", "cli"},
 }
 """Packages of ours that a package may import, itself excepted. Every ``config.py`` may be imported by all."""
@@ -68,6 +69,7 @@ ALLOWED_LIBRARIES: dict[str, set[str]] = {
     "report": {"jinja2"},
     "bench": {"typer", "rich"},
     "cli": {"typer"},
+    "__main__": set(),
     "jobs": set(),
 }
 """Libraries outside the standard one that a package may import at module level; the rest load inside functions."""

@@ -34,6 +34,13 @@ def test_version_is_printed(capsys: Capture) -> None:
     assert capsys.readouterr().out.strip() == dspark_batch.__version__
 
 
+def test_the_package_runs_as_the_command() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "dspark_batch", "version"], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (done.returncode, done.stdout.strip()) == (ExitCode.OK, dspark_batch.__version__), done.stderr
+
+
 @pytest.mark.parametrize("arguments", [["run"], ["rn"], ["run", "a.yaml", "--preview", "0"], ["run", "x", "--no-such"]])
 def test_wrong_usage_exits_with_2(arguments: list[str], capsys: Capture) -> None:
     assert run_cli(arguments) == ExitCode.BAD_CONFIG
