@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Literal
@@ -32,6 +33,7 @@ class ErrorCode(StrEnum):
     NULL_PROMPT = "null_prompt"
     EMPTY_PROMPT = "empty_prompt"
     TEMPLATE_ERROR = "template_error"
+    INVALID_MESSAGES = "invalid_messages"
     INVALID_TOKEN_IDS = "invalid_token_ids"
     INVALID_SAMPLING = "invalid_sampling"
     PROMPT_TOO_LONG = "prompt_too_long"
@@ -145,15 +147,17 @@ class Request:
     """One prompt. Exactly one of ``prompt`` (raw text), ``messages`` (chat template) and ``prompt_token_ids`` is set.
 
     ``id`` keys the random draw together with the seed, so it should be the row's identity, not its place in a batch.
+    ``chat_template_arguments`` are variables for the chat template beside the messages, such as ``enable_thinking``.
 
     Raises:
-        ValueError: none or several of the three prompt fields are set.
+        ValueError: none or several of the three prompt fields are set, or there are arguments without messages.
     """
 
     id: str
     prompt: str | None = None
     messages: tuple[Message, ...] | None = None
     prompt_token_ids: tuple[int, ...] | None = None
+    chat_template_arguments: Mapping[str, object] = field(default_factory=dict, hash=False)
     sampling: SamplingParams = field(default_factory=SamplingParams)
 
     def __post_init__(self) -> None:
@@ -162,6 +166,8 @@ class Request:
             raise ValueError(
                 f"request {self.id!r}: set exactly one of prompt, messages, prompt_token_ids; got {given or 'none'}"
             )
+        if self.chat_template_arguments and self.messages is None:
+            raise ValueError(f"request {self.id!r}: chat_template_arguments need messages")
 
 
 @dataclass(frozen=True, slots=True)

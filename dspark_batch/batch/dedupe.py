@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -39,7 +40,8 @@ class Deduper:
             return None
         messages = request.messages
         turns = None if messages is None else tuple([text for turn in messages for text in (turn.role, turn.content)])
-        return (request.prompt, turns, request.prompt_token_ids, self._number(request.sampling))
+        arguments = json.dumps(request.chat_template_arguments) if request.chat_template_arguments else None
+        return (request.prompt, turns, arguments, request.prompt_token_ids, self._number(request.sampling))
 
     def _number(self, sampling: SamplingParams) -> int:
         """A number for the settings, since hashing all of them for every row would cost more than the row."""

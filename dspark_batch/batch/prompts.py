@@ -10,7 +10,8 @@ from typing import Any
 import jinja2
 import pyarrow as pa
 
-from dspark_batch.batch.schema import missing_columns
+from dspark_batch.batch.conversations import check_messages, messages_of
+from dspark_batch.batch.schema import is_list, missing_columns
 from dspark_batch.batch.templates import CompiledTemplate
 from dspark_batch.core import ErrorCode, Message, Request, RowError, SamplingParams
 from dspark_batch.errors import ConfigError, Problem
@@ -43,6 +44,8 @@ class _Texts:
 class PromptRenderer:
     """Makes the request of every row: chat messages, raw text or ready-made token ids.
 
+    A column of conversations gives messages as they are, after the system text where they have no system message.
+
     With ``chat`` auto or always and a checkpoint that has a chat template, the system text and the rendered template
     become a system and a user message. Else the prompt is raw text: the system text, an empty line, the template.
     Templates see the row's columns and nothing else; arithmetic, ``range`` and the length are bounded. A row fails
@@ -51,8 +54,8 @@ class PromptRenderer:
     renders them row by row as well, for comparison.
 
     Raises:
-        ConfigError: a template does not parse or names a column that the input lacks, the token id column is missing
-            or not a list of integers, or ``prompt.chat`` is always and the checkpoint has no chat template.
+        ConfigError: a template does not parse or names a column that the input lacks, the column of token ids or
+            messages is missing or of another type, or the section needs a chat template and the checkpoint has none.
     """
 
     def __init__(
@@ -65,20 +68,22 @@ class PromptRenderer:
         use_fast_path: bool = True,
     ) -> None:
         problems = check_prompt(section, input_schema=input_schema)
-        if section.chat == "always" and not has_chat_template and section.token_ids is None:
-            problems.append(
-                Problem("prompt.chat", "is 'always', but the model has no chat template; use auto or never")
-            )
+        if not has_chat_template:
+            problems += _check_without_chat_template(section)
         if problems:
             raise ConfigError(problems)
         self._sampling = sampling
         self._use_fast_path = use_fast_path
         self._token_ids = section.token_ids
+        self._messages = section.messages
+        self._arguments = section.chat_template_arguments
         self._template = None if section.template is None else CompiledTemplate(section.template)
         self._system = None if section.system is None else CompiledTemplate(section.system)
         self._as_chat = has_chat_template and section.chat != "never"
         self.columns = prompt_columns(section)
         self._not_null: tuple[str, ...] = () if self._template is None else self._template.columns
+        if section.messages is not None:
+            self._not_null = (section.messages,)
         self._is_null: Callable[[Iterable[bool]], bool] = all
         if section.nulls == "error":
             self._not_null, self._is_null = self.columns, any
@@ -127,7 +132,7 @@ class PromptRenderer:
                 system = texts.systems[row]
                 turns = (Message("system", system),) if system else ()
             if self._as_chat:
-                yield Request(id=row_id, messages=(*turns, Message("user", user)), sampling=self._sampling)
+                yield self._chat((*turns, Message("user", user)), row_id=row_id)
             else:
                 text = f"{system}{SYSTEM_SEPARATOR}{user}" if system else user
                 yield Request(id=row_id, prompt=text, sampling=self._sampling)
@@ -140,14 +145,31 @@ class PromptRenderer:
                 return replace(value.error, message=message)
         if self._token_ids is not None:
             return self._from_token_ids(row[self._token_ids], row_id=row_id)
-        return self._from_template(row, row_id=row_id)
-
-    def _from_template(self, row: Mapping[str, object], *, row_id: str) -> _Outcome:
-        assert self._template is not None
         names = self._not_null
         if names and self._is_null(row[name] is None for name in names):
             nulls = ", ".join(name for name in names if row[name] is None)
             return RowError(code=ErrorCode.NULL_PROMPT, message=f"NULL in column {nulls}")
+        if self._messages is not None:
+            return self._from_messages(row[self._messages], row, row_id=row_id)
+        return self._from_template(row, row_id=row_id)
+
+    def _from_messages(self, value: object, row: Mapping[str, object], *, row_id: str) -> _Outcome:
+        assert self._messages is not None
+        messages = messages_of(value, column=self._messages)
+        if isinstance(messages, RowError):
+            return messages
+        if self._system is not None and all(message.role != "system" for message in messages):
+            system = _rendered(self._system, row, field="prompt.system")
+            if isinstance(system, RowError):
+                return system
+            messages = (Message("system", system), *messages) if system else messages
+        return self._chat(messages, row_id=row_id)
+
+    def _chat(self, messages: tuple[Message, ...], *, row_id: str) -> Request:
+        return Request(id=row_id, messages=messages, chat_template_arguments=self._arguments, sampling=self._sampling)
+
+    def _from_template(self, row: Mapping[str, object], *, row_id: str) -> _Outcome:
+        assert self._template is not None
         user = _rendered(self._template, row, field="prompt.template")
         system = "" if self._system is None else _rendered(self._system, row, field="prompt.system")
         if isinstance(user, RowError):
@@ -160,7 +182,7 @@ class PromptRenderer:
             text = f"{system}{SYSTEM_SEPARATOR}{user}" if system else user
             return Request(id=row_id, prompt=text, sampling=self._sampling)
         turns = (Message("system", system),) if system else ()
-        return Request(id=row_id, messages=(*turns, Message("user", user)), sampling=self._sampling)
+        return self._chat((*turns, Message("user", user)), row_id=row_id)
 
     def _from_token_ids(self, value: object, *, row_id: str) -> _Outcome:
         if value is None:
@@ -192,14 +214,14 @@ def check_prompt(section: PromptSection, *, input_schema: pa.Schema) -> list[Pro
         problems += missing_columns(field, columns, schema=input_schema)
     if section.token_ids is not None:
         problems += _check_token_ids(section.token_ids, schema=input_schema)
+    if section.messages is not None:
+        problems += check_messages(section.messages, schema=input_schema)
     return problems
 
 
 def prompt_columns(section: PromptSection) -> tuple[str, ...]:
     """The columns that the prompt section reads, sorted. Templates that do not parse count as reading none."""
-    if section.token_ids is not None:
-        return (section.token_ids,)
-    names: set[str] = set()
+    names = {name for name in (section.token_ids, section.messages) if name is not None}
     for text in (section.template, section.system):
         if text is None:
             continue
@@ -210,13 +232,26 @@ def prompt_columns(section: PromptSection) -> tuple[str, ...]:
     return tuple(sorted(names))
 
 
+def _check_without_chat_template(section: PromptSection) -> list[Problem]:
+    """What in the section needs a chat template."""
+    problems: list[Problem] = []
+    if section.messages is not None:
+        message = "needs a chat template, and the model has none; use prompt.template, which can loop over the column"
+        problems.append(Problem("prompt.messages", message))
+    if section.chat == "always" and section.token_ids is None:
+        problems.append(Problem("prompt.chat", "is 'always', but the model has no chat template; use auto or never"))
+    if section.chat_template_arguments:
+        message = "are for a chat template, and the model has none; leave them out"
+        problems.append(Problem("prompt.chat_template_arguments", message))
+    return problems
+
+
 def _check_token_ids(name: str, *, schema: pa.Schema) -> list[Problem]:
     problems = missing_columns("prompt.token_ids", [name], schema=schema)
     if problems:
         return problems
     kind = schema.field(name).type
-    is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
-    if is_list and (pa.types.is_integer(kind.value_type) or pa.types.is_null(kind.value_type)):
+    if is_list(kind) and (pa.types.is_integer(kind.value_type) or pa.types.is_null(kind.value_type)):
         return []
     return [Problem("prompt.token_ids", f"column {name!r} has type {kind}; it must be a list of integers")]
 

@@ -92,6 +92,11 @@ def missing_columns(field: str, names: Sequence[str], *, schema: pa.Schema) -> l
     ]
 
 
+def is_list(kind: pa.DataType) -> bool:
+    """Whether values of the type are lists, of any kind."""
+    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind))
+
+
 def result_columns(results: Sequence[Result], *, schema: RowSchema) -> list[pa.Array[Any]]:
     """The added columns of the given samples, in the order of ``schema.added``; one row per result."""
     has_errors = any(result.error is not None for result in results)

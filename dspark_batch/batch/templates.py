@@ -108,7 +108,7 @@ class CompiledTemplate:
 
         None where the template does more than insert columns, and where ``render`` would refuse a row.
         """
-        if self._pieces is None or not _is_unicode(self._constant):
+        if self._pieces is None or not is_unicode(self._constant):
             return None
         parts: list[Iterable[str]] = [
             repeat(part, num_rows) if name is None else _shown_items(columns[name]) for name, part in self._pieces
@@ -214,7 +214,8 @@ def _shown_items(values: Iterable[Any]) -> list[Any]:
     return ["" if value is None else value for value in values]
 
 
-def _is_unicode(text: str) -> bool:
+def is_unicode(text: str) -> bool:
+    """Whether the text can be written as UTF-8: no half of a character stands in it alone."""
     try:
         text.encode()
     except UnicodeEncodeError:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol, cast
 
 from dspark_batch.core import ErrorCode, Message, Request, RowError
@@ -19,7 +19,9 @@ class Codec(Protocol):
 
     def encode(self, text: str) -> list[int]: ...
 
-    def encode_chat(self, messages: Sequence[Message]) -> list[int]: ...
+    def encode_chat(
+        self, messages: Sequence[Message], *, arguments: Mapping[str, object] | None = None
+    ) -> list[int]: ...
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str: ...
 
@@ -51,7 +53,7 @@ def prompt_tokens(request: Request, codec: Codec | None) -> list[int] | RowError
             message=f"request {request.id!r} has messages, but the target has no chat template; give raw text",
         )
     try:
-        return codec.encode_chat(request.messages)
+        return codec.encode_chat(request.messages, arguments=request.chat_template_arguments)
     except Exception as error:  # A template is a program of the checkpoint's author and can raise anything.
         return RowError(code=ErrorCode.TEMPLATE_ERROR, message=f"the chat template failed on {request.id!r}: {error}")
 

@@ -12,6 +12,7 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    JsonValue,
     SerializerFunctionWrapHandler,
     model_serializer,
     model_validator,
@@ -40,6 +41,28 @@ _CONSTRAINTS: tuple[Literal["choices", "json_schema", "regex", "grammar"], ...] 
     "regex",
     "grammar",
 )
+
+_RENDERING_ARGUMENTS = frozenset(
+    [
+        "add_generation_prompt",
+        "chat_template",
+        "continue_final_message",
+        "conversation",
+        "conversations",
+        "max_length",
+        "messages",
+        "padding",
+        "return_assistant_tokens_mask",
+        "return_dict",
+        "return_tensors",
+        "sanitize_control_tokens",
+        "self",
+        "tokenize",
+        "tokenizer_kwargs",
+        "truncation",
+    ]
+)
+"""What the engine and the tokenizer decide themselves when they render a chat."""
 
 AUTO_ROWS_IN_FLIGHT = 256
 """Rows that one engine should have at hand, so that small shards do not leave its batch half empty."""
@@ -92,6 +115,7 @@ class InputSection(Section):
 class PromptSection(Section):
     system: str | None = Field(default=None, description="system message; a Jinja2 template over the row")
     template: str | None = Field(default=None, description="user message; a Jinja2 template over the row")
+    messages: str | None = Field(default=None, description="column of conversations, instead of a template")
     token_ids: str | None = Field(default=None, description="column of ready-made token ids, instead of a template")
     nulls: Literal["empty", "error"] = Field(
         default="empty", description="a NULL among others: an empty text, or a row that fails; all NULL always fails"
@@ -99,14 +123,44 @@ class PromptSection(Section):
     chat: Literal["auto", "always", "never"] = Field(
         default="auto", description="auto: the checkpoint's chat template where it has one"
     )
+    chat_template_arguments: dict[str, JsonValue] = Field(
+        default_factory=dict, description="variables for the chat template, such as {enable_thinking: false}"
+    )
 
     @model_validator(mode="after")
     def _one_source(self) -> PromptSection:
-        if (self.template is None) == (self.token_ids is None):
-            raise ValueError("set exactly one of prompt.template and prompt.token_ids")
+        if [self.template, self.messages, self.token_ids].count(None) != 2:
+            raise ValueError("set exactly one of prompt.template, prompt.messages and prompt.token_ids")
         if self.token_ids is not None and self.system is not None:
-            raise ValueError("prompt.system needs prompt.template; with prompt.token_ids it must be null")
+            raise ValueError("prompt.system needs a template or messages; with prompt.token_ids it must be null")
+        if self.messages is not None and self.chat == "never":
+            raise ValueError("prompt.messages needs the chat template; prompt.chat must be auto or always, got 'never'")
         return self
+
+    @model_validator(mode="after")
+    def _arguments_reach_the_template(self) -> PromptSection:
+        if not self.chat_template_arguments:
+            return self
+        field = "prompt.chat_template_arguments"
+        if self.token_ids is not None or self.chat == "never":
+            raise ValueError(
+                f"{field} need the chat template; with prompt.token_ids or prompt.chat never, leave them out"
+            )
+        taken = sorted(_RENDERING_ARGUMENTS & self.chat_template_arguments.keys())
+        if taken:
+            raise ValueError(f"{field} must not hold {', '.join(taken)}: the engine decides that")
+        try:
+            json.dumps(self.chat_template_arguments, allow_nan=False)
+        except ValueError as error:
+            raise ValueError(f"{field} must hold JSON values: {error}") from None
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_unset_conversations(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """A section that uses neither reads as it did before there were any: runs that exist can go on."""
+        unset: dict[str, object] = {"messages": None, "chat_template_arguments": {}}
+        values: dict[str, Any] = dump(self)
+        return {name: value for name, value in values.items() if name not in unset or value != unset[name]}
 
 
 class SamplingSection(Section):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,8 +67,14 @@ class TextCodec:
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False)
         return ids
 
-    def encode_chat(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> list[int]:
-        """Token ids of a conversation by the chat template.
+    def encode_chat(
+        self,
+        messages: Sequence[Message],
+        *,
+        arguments: Mapping[str, object] | None = None,
+        add_generation_prompt: bool = True,
+    ) -> list[int]:
+        """Token ids of a conversation by the chat template, to which ``arguments`` are variables of their own.
 
         Raises:
             ModelError: the checkpoint has no chat template.
@@ -81,7 +87,7 @@ class TextCodec:
 
         try:
             text = self._tokenizer.apply_chat_template(
-                turns, tokenize=False, add_generation_prompt=add_generation_prompt
+                turns, tokenize=False, add_generation_prompt=add_generation_prompt, **(arguments or {})
             )
         except TemplateError as error:
             raise ValueError(f"the chat template refused the messages: {error}") from error

@@ -33,7 +33,7 @@ class RowIdentity:
             section.model_copy(update={"chat": "never"}),
             sampling=SamplingParams(),
             input_schema=input_schema,
-            has_chat_template=False,
+            has_chat_template=True,
         )
 
     def of(self, table: pa.Table) -> list[str]:
@@ -56,6 +56,8 @@ def _parts(outcome: Request | RowError) -> Sequence[str]:
         return ("error", outcome.code.value)
     if outcome.prompt is not None:
         return ("text", outcome.prompt)
+    if outcome.messages is not None:
+        return ("messages", *(text for turn in outcome.messages for text in (turn.role, turn.content)))
     assert outcome.prompt_token_ids is not None
     return ("token_ids", *map(str, outcome.prompt_token_ids))
 

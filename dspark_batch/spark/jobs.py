@@ -40,7 +40,8 @@ def resolve_config(
     values, source = sections_of(config, path=DATAFRAME)
     if prompt is not None:
         section = values.setdefault("prompt", {}) or {}
-        values["prompt"] = {**section, "template": prompt_template(prompt, columns_at_hand), "token_ids": None}
+        template = prompt_template(prompt, columns_at_hand)
+        values["prompt"] = {**section, "template": template, "messages": None, "token_ids": None}
     if id is not None:
         values["input"]["id"] = id
     if column is not None:
@@ -51,14 +52,15 @@ def resolve_config(
 def resolve_column_config(config: ConfigLike, *, overrides: Sequence[str] = ()) -> JobConfig:
     """The job of a function over a prompt column: one result per prompt, rendered as it stands.
 
-    ``prompt.system`` and ``prompt.chat`` hold; a template may read ``prompt`` and nothing else. Raises ConfigError.
+    ``prompt.system`` and ``prompt.chat`` hold; a template may read ``prompt`` and nothing else. With ``prompt.messages:
+    prompt`` the prompts are conversations. Raises ConfigError.
     """
     from dspark_batch.batch.prompts import prompt_columns
     from dspark_batch.job.loader import read_values
 
     values = read_values(config)
     section = values.get("prompt") or {}
-    if not isinstance(section, Mapping) or section.get("template") is None:
+    if not isinstance(section, Mapping) or (section.get("template") is None and section.get("messages") is None):
         template = "{{ " + PROMPT_ARGUMENT + " }}"
         values["prompt"] = {**(section if isinstance(section, Mapping) else {}), "template": template}
     job = resolve_config(values, column=DEFAULT_COLUMN, overrides=overrides)

@@ -201,4 +201,4 @@ def _has_prompt(config: ConfigLike) -> bool:
     from dspark_batch.job.loader import read_values
 
     section = read_values(config).get("prompt") or {}
-    return isinstance(section, Mapping) and bool(section.get("template") or section.get("token_ids"))
+    return isinstance(section, Mapping) and any(section.get(name) for name in ("template", "messages", "token_ids"))

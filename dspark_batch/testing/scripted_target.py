@@ -7,7 +7,7 @@ token decodes other tokens than it should, and reading dead (poisoned or never w
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 
@@ -211,7 +211,7 @@ class LetterCodec:
     def encode(self, text: str) -> list[int]:
         return [self.alphabet.index(letter) for letter in text]
 
-    def encode_chat(self, messages: Sequence[Message]) -> list[int]:
+    def encode_chat(self, messages: Sequence[Message], *, arguments: Mapping[str, object] | None = None) -> list[int]:
         return self.encode(" ".join(message.content for message in messages))
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:

@@ -198,4 +198,6 @@ def _tokens(request: Request, codec: TextCodec | None) -> Sequence[int]:
         raise ConfigError(
             [Problem("prompts.table", "has text, but the target has no tokenizer; give prompt.token_ids")]
         )
-    return codec.encode(request.prompt) if request.prompt is not None else codec.encode_chat(request.messages or ())
+    if request.prompt is not None:
+        return codec.encode(request.prompt)
+    return codec.encode_chat(request.messages or (), arguments=request.chat_template_arguments)

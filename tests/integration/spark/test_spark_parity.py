@@ -146,3 +146,46 @@ def test_an_empty_table_and_empty_partitions_load_no_engine(spark, engine) -> No
     frame = spark.createDataFrame([], SCHEMA)
     assert generate(frame, job_values(engine.path), prompt="body", num_partitions=3).count() == 0
     assert engine.loads() == []
+
+
+def test_conversations_get_the_same_answers_through_every_way_in(
+    spark, tmp_path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The chat template shows its argument, so that an answer depends on it."""
+    from dspark_batch.batch.commit import read_output
+    from dspark_batch.job.runner import run_job
+    from dspark_batch.testing.tiny import save_tiny_checkpoint
+
+    monkeypatch.delenv(ENGINE_FACTORY_VARIABLE)
+    target = save_tiny_checkpoint(tmp_path / "tiny")
+    template = target / "chat_template.jinja"
+    template.write_text("{{ mode }}" + template.read_text())
+    talks = [[("user", "a"), ("assistant", "b"), ("user", "c")], [("user", "d")], None, [("assistant", "e")]]
+    frame = spark.createDataFrame(list(enumerate(talks)), "key long, talk array<struct<role: string, content: string>>")
+    frame.write.parquet(str(tmp_path / "in"))
+    frame.createOrReplaceTempView("talks")
+    prompt = {"chat_template_arguments": {"mode": "quick"}}
+    config = {**job_values(target, **HOT), "prompt": {**prompt, "messages": "talk"}}
+    run = {
+        **config,
+        "input": {"path": str(tmp_path / "in"), "id": "key"},
+        "output": {"path": str(tmp_path / "out"), "column": "text"},
+        "engine": {"backend": "local"},
+        "limits": {"max_failed_fraction": 1.0},
+    }
+    run_job(run)
+    expected = {row["key"]: row["text"] for row in read_output(str(tmp_path / "out")).to_pylist()}
+    assert [key for key, text in sorted(expected.items()) if text is None] == [2, 3]
+    assert answers(generate(frame, config, id="key", num_partitions=2)) == expected
+    as_column = {**config, "prompt": {**prompt, "messages": "prompt"}}
+    column = generate_udf(as_column)("talk", "key")
+    assert answers(frame.withColumn("r", column).select("key", "r.text")) == expected
+    register(spark, "dspark_answer", as_column)
+    call = "dspark_answer(to_json(talk), id => CAST(key AS STRING)).text AS text"
+    assert answers(spark.sql(f"SELECT key, {call} FROM talks")) == expected
+    register_table_function(spark, "dspark_answer_table", config)
+    assert answers(spark.sql("SELECT * FROM dspark_answer_table(TABLE(talks), id => 'key')")) == expected
+
+
+def answers(frame) -> dict[int, str | None]:
+    return {row.key: row.text for row in frame.select("key", "text").collect()}

@@ -1,9 +1,10 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 from dspark_batch.batch.dedupe import Deduper
-from dspark_batch.core import Request, Result, SamplingParams
+from dspark_batch.core import Message, Request, Result, SamplingParams
 from dspark_batch.testing.scripted_engine import scripted_result
 
 
@@ -78,3 +79,18 @@ def test_random_claims_give_every_place_exactly_one_result():
         served[owner, own_row] = done.id
         served.update({(s, r): c[0].id for s, r, c in finish(deduper, done, (scripted_result(done),))})
     assert served == {place: str(place[1]) for place in places}
+
+
+def test_equal_conversations_share_a_result_and_other_turns_roles_or_arguments_keep_them_apart():
+    deduper = Deduper()
+    turns = (Message("user", "a"), Message("assistant", "b"), Message("user", "c"))
+    asked = Request(id="1", messages=turns, chat_template_arguments={"x": [1]})
+    assert claim(deduper, asked, shard="s", row=0) is True
+    assert claim(deduper, replace(asked, id="2"), shard="s", row=1) is False
+    others = [
+        replace(asked, messages=turns[2:]),
+        replace(asked, messages=(*turns[:1], Message("system", "b"), *turns[2:])),
+        replace(asked, chat_template_arguments={"x": [2]}),
+        replace(asked, chat_template_arguments={}),
+    ]
+    assert len({deduper.key(one) for one in (asked, *others)}) == 5

@@ -34,6 +34,8 @@ def test_what_does_not_decide_the_output_is_not_covered_in_coupled_mode(make_con
         {"input": {"columns": ["text"]}},
         {"prompt": {"template": "other {{ text }}"}},
         {"prompt": {"template": "Summarise: {{ text }}", "system": "s"}},
+        {"prompt": {"template": "Summarise: {{ text }}", "chat_template_arguments": {"enable_thinking": False}}},
+        {"prompt": {"messages": "text"}},
         {"sampling": {"seed": 1}},
         {"sampling": {"stop": ["x"]}},
         {"output": {"column": "other"}},
@@ -65,3 +67,13 @@ def test_in_the_other_modes_the_speculation_is_covered(make_config, mode):
     two = make_config(speculation={"verification": mode, "drafter": "suffix"})
     assert of(one) != of(two)
     assert fingerprint_fields(one, weights_fingerprint="w")["speculation.drafter"] == "ngram"
+
+
+def test_a_run_without_conversations_and_arguments_keeps_the_fingerprint_that_it_had_before_there_were_any(make_config):
+    fields = fingerprint_fields(make_config(), weights_fingerprint="w")
+    prompt = {name for name in fields if name.startswith("prompt.")}
+    assert prompt == {"prompt.system", "prompt.template", "prompt.token_ids", "prompt.nulls", "prompt.chat"}
+    arguments = {"b": 1, "a": [True]}
+    named = {"template": "{{ text }}", "chat_template_arguments": arguments}
+    turned = {**named, "chat_template_arguments": dict(reversed(arguments.items()))}
+    assert of(make_config(prompt=named)) == of(make_config(prompt=turned))

@@ -38,3 +38,13 @@ def test_every_row_is_fed_once_and_failed_rows_first():
     num_failed = sum(isinstance(row, RowError) for row in rows)
     assert all(isinstance(rows[index], RowError) for index in order[:num_failed])
     assert feed_order([]) == []
+
+
+def test_conversations_that_begin_alike_stay_together():
+    def chat(*texts: str) -> Request:
+        roles = ("user", "assistant") * 2
+        return Request(id="x", messages=tuple(map(Message, roles, texts)))  # type: ignore[arg-type]
+
+    first, second = "1" * PREFIX_CHARS, "2" * PREFIX_CHARS
+    rows = [chat(first, "a", "b"), chat(second, "a", "longest"), chat(first, "a", "bc"), chat(second)]
+    assert feed_order(rows) == [1, 3, 2, 0]

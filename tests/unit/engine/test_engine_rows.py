@@ -1,6 +1,6 @@
 """Bad rows, waiting rows, and the life of an engine."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 
 import pytest
 import torch
@@ -29,8 +29,13 @@ class TemplatelessCodec(LetterCodec):
 
 
 class FailingTemplateCodec(LetterCodec):
-    def encode_chat(self, messages: object) -> list[int]:
+    def encode_chat(self, messages: object, *, arguments: object = None) -> list[int]:
         raise ValueError("roles must alternate")
+
+
+class ArgumentCodec(LetterCodec):
+    def encode_chat(self, messages: Sequence[Message], *, arguments: Mapping[str, object] | None = None) -> list[int]:
+        return self.encode(str((arguments or {}).get("mode", "none"))) + super().encode_chat(messages)
 
 
 @pytest.mark.parametrize(
@@ -75,6 +80,32 @@ def test_a_prompt_is_shown_as_the_model_gets_it() -> None:
     assert isinstance(refused, RowError)
     with engine_of(ScriptedModel()) as engine:
         assert engine.show_prompt(good("a")) == ("[1, 2, 3]", 3)
+
+
+def test_a_requests_arguments_reach_the_chat_template() -> None:
+    messages = (Message("user", "hi."),)
+    with engine_of(ScriptedModel(codec=ArgumentCodec())) as engine:
+        asked = Request(id="a", messages=messages, chat_template_arguments={"mode": "x"}, sampling=SHORT)
+        assert engine.show_prompt(asked) == ("xhi.", 4)
+        assert engine.show_prompt(Request(id="a", messages=messages)) == ("nonehi.", 7)
+        (result,) = engine.generate([asked])
+    assert result.num_prompt_tokens == 4
+    with pytest.raises(ValueError, match="'a': chat_template_arguments need messages"):
+        Request(id="a", prompt="hi.", chat_template_arguments={"mode": "x"})
+
+
+def test_conversations_that_begin_alike_share_their_prefix() -> None:
+    turns = (Message("user", "a long question " * 3), Message("assistant", "an answer"))
+    requests = [
+        Request(id=text, messages=(*turns, Message("user", text)), sampling=SHORT) for text in ("and why", "so what")
+    ]
+    served = ScriptedModel(target=ScriptedTarget(vocab_size=len(LetterCodec.alphabet)), codec=LetterCodec())
+    found = []
+    for share in (True, False):
+        with engine_of(served, max_concurrency=2, share_prefixes=share) as engine:
+            found.append({result.id: result.token_ids for result in engine.generate(requests)})
+            assert (engine.stats.num_shared_prefix_tokens > 0) == share
+    assert found[0] == found[1]
 
 
 def test_every_sample_of_a_bad_request_comes_back() -> None:

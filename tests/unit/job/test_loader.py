@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
 import shlex
 from pathlib import Path
 
 import pytest
 import yaml
+from pydantic import ValidationError
 
 from dspark_batch.core import Constraint
 from dspark_batch.errors import ConfigError, Problem
-from dspark_batch.job.config import JobConfig
+from dspark_batch.job.config import JobConfig, PromptSection
 from dspark_batch.job.loader import COMMAND_LINE, absolute_paths, dump_config, load_config
 
 MINIMAL = """
@@ -231,3 +233,47 @@ def test_small_shards_are_decoded_together_but_shared_out_evenly(
 ) -> None:
     config = load_config(write(tmp_path, MINIMAL), overrides=overrides)
     assert config.shards_in_flight(num_shards=num_shards) == in_flight
+
+
+@pytest.mark.parametrize(
+    ("prompt", "field", "message"),
+    [
+        ("{messages: m, template: x}", "prompt", "exactly one"),
+        ("{messages: m, token_ids: ids}", "prompt", "exactly one"),
+        ("{system: x}", "prompt", "exactly one"),
+        ("{token_ids: ids, system: x}", "prompt.system", "needs a template or messages"),
+        ("{messages: m, chat: never}", "prompt.messages", "needs the chat template"),
+        ("{template: x, chat: never, chat_template_arguments: {a: 1}}", "prompt.chat_template_arguments", "leave them"),
+        ("{token_ids: ids, chat_template_arguments: {a: 1}}", "prompt.chat_template_arguments", "leave them"),
+        ("{template: x, chat_template_arguments: {a: 2026-01-01}}", "prompt.chat_template_arguments", "JSON"),
+        ("{template: x, chat_template_arguments: {a: [.nan]}}", "prompt.chat_template_arguments", "JSON"),
+        ("{template: x, chat_template_arguments: [a]}", "prompt.chat_template_arguments", "dictionary"),
+        (
+            "{template: x, chat_template_arguments: {messages: []}}",
+            "prompt.chat_template_arguments",
+            "not hold messages",
+        ),
+    ],
+)
+def test_prompts_that_do_not_fit_together_are_refused(tmp_path: Path, prompt: str, field: str, message: str) -> None:
+    text = f"input: {{path: a}}\nprompt: {prompt}\noutput: {{path: b}}\n"
+    assert message in problems_of(write(tmp_path, text))[field].message
+
+
+def test_arguments_of_the_chat_template_are_any_json_and_can_be_laid_over(tmp_path: Path) -> None:
+    overrides = [
+        "prompt.chat_template_arguments.enable_thinking=false",
+        "prompt.chat_template_arguments.tools=[{a: b}]",
+    ]
+    config = load_config(write(tmp_path, MINIMAL), overrides=overrides)
+    assert config.prompt.chat_template_arguments == {"enable_thinking": False, "tools": [{"a": "b"}]}
+    assert load_config(write(tmp_path, dump_config(config))) == config
+
+
+def test_what_the_engine_decides_when_it_renders_a_chat_is_no_argument() -> None:
+    from transformers import PreTrainedTokenizerBase
+
+    parameters = set(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters)
+    for name in {*parameters, "messages"} - {"tools", "documents", "kwargs"}:
+        with pytest.raises(ValidationError, match=f"must not hold {name}"):
+            PromptSection(template="x", chat_template_arguments={name: None})

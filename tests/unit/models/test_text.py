@@ -45,6 +45,17 @@ def test_a_chat_is_rendered_by_the_template(codec: TextCodec) -> None:
     assert 256 in ids
 
 
+def test_arguments_reach_the_chat_template(checkpoint: Callable[..., Path]) -> None:
+    asking = TextCodec.from_folder(checkpoint("llama"))
+    assert asking is not None
+    asking._tokenizer.chat_template = "{{ messages[0].content }}{{ mode is defined }} {{ mode }} {{ tools | length }}"
+    turns = (Message("user", "Hi?"),)
+    ids = asking.encode_chat(turns, arguments={"mode": [1, None], "tools": [{"type": "function"}]})
+    assert asking.decode(ids) == "Hi?True [1, None] 1"
+    asking._tokenizer.chat_template = "{{ mode is defined }}"
+    assert asking.decode(asking.encode_chat(turns)) == "False"
+
+
 def test_without_a_template_a_chat_is_refused(codec: TextCodec, checkpoint: Callable[..., Path]) -> None:
     bare = TextCodec.from_folder(checkpoint("llama"))
     assert bare is not None

@@ -77,3 +77,13 @@ def test_system_text_and_token_ids_are_part_of_the_content() -> None:
 
 def test_prompts_that_cannot_be_rendered_have_an_identity_too() -> None:
     assert len(ids_of(pa.table({"body": [None, None, "x"]}))) == 3
+
+
+def test_conversations_are_identified_by_their_turns() -> None:
+    turns = [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]
+    values = [turns, turns[:1], [{**turns[0], "content": "ab"}], turns, None, turns[1:]]
+    table = pa.table({"talk": values, "title": ["t"] * 5 + ["u"]})
+    ids = ids_of(table, prompt=PromptSection(messages="talk"))
+    assert ids[0] == ids[3]
+    assert len(set(ids)) == 5
+    assert ids != ids_of(table, prompt=PromptSection(messages="talk", system="{{ title }}"))

@@ -40,6 +40,7 @@ def test_the_arguments_prompt_replaces_the_configs_and_keeps_its_system_text() -
     assert (job.prompt.system, job.prompt.template) == ("Be brief.", "{{ body }}!")
     job = resolve_config({"prompt": {"token_ids": "ids"}}, prompt="{{ body }}")
     assert job.prompt.token_ids is None
+    assert resolve_config({"prompt": {"messages": "talk"}}, prompt="{{ body }}").prompt.messages is None
 
 
 def test_a_prompt_is_a_template_or_a_column() -> None:
@@ -71,6 +72,14 @@ def test_a_function_takes_its_prompt_as_it_stands() -> None:
     job = resolve_column_config({"prompt": {"system": "Be brief."}})
     assert (job.prompt.template, job.prompt.system, job.output.column) == ("{{ prompt }}", "Be brief.", "text")
     assert resolve_column_config({"prompt": {"template": "Say {{ prompt }}"}}).prompt.template == "Say {{ prompt }}"
+
+
+def test_a_functions_prompt_may_be_a_conversation() -> None:
+    job = resolve_column_config({"prompt": {"messages": "prompt", "chat_template_arguments": {"a": 1}}})
+    assert (job.prompt.messages, job.prompt.template) == ("prompt", None)
+    assert job.prompt.chat_template_arguments == {"a": 1}
+    with pytest.raises(ConfigError, match="reads talk"):
+        resolve_column_config({"prompt": {"messages": "talk"}})
 
 
 def test_a_function_can_neither_read_columns_nor_give_several_samples() -> None:

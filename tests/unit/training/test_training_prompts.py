@@ -127,6 +127,18 @@ def test_tables_are_read_as_a_job_reads_them(codec: TextCodec, tmp_path: Path) -
     assert rows[1].token_ids.tolist() == codec.encode_chat([Message("user", "question 1?")])
 
 
+def test_conversations_are_prompts_with_the_arguments_of_their_chat_template(tmp_path: Path) -> None:
+    codec = TextCodec.from_folder(save_tiny_checkpoint(tmp_path / "m"))
+    assert codec is not None
+    codec._tokenizer.chat_template = "{{ mode }}{% for message in messages %}{{ message.content }}{% endfor %}"
+    file = tmp_path / "p.jsonl"
+    talk = [{"role": "system", "content": "a"}, {"role": "user", "content": "b"}]
+    file.write_text(json.dumps({"talk": talk}) + "\n" + json.dumps({"talk": []}) + "\n")
+    prompt = {"messages": "talk", "chat_template_arguments": {"mode": "x"}}
+    source = TableSource.model_validate({"input": {"path": str(file)}, "prompt": prompt})
+    assert [codec.decode(row.token_ids.tolist()) for row in table_prompts(source, codec, name="set")] == ["xab"]
+
+
 def test_text_prompts_without_a_tokenizer_are_refused(tmp_path: Path) -> None:
     file = tmp_path / "p.jsonl"
     file.write_text('{"text": "a"}\n')
