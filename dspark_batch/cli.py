@@ -64,6 +64,35 @@ def run(
 
 
 @app.command()
+def estimate(
+    config: Annotated[Path, typer.Argument(help="YAML file of the job.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, such as sampling.seed=1.")
+    ] = None,
+    rows: Annotated[
+        int | None, typer.Option(min=8, help="Rows of the pilot; default: twice what is decoded together, 48 to 512.")
+    ] = None,
+    price_per_engine_hour: Annotated[float | None, typer.Option(min=0, help="Money for an engine-hour.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Everything as one JSON object.")] = False,
+) -> None:
+    """Tokens, time and money that the job of CONFIG would take, from a pilot of random rows; writes nothing."""
+    from dspark_batch.job.estimate import estimate_job
+
+    try:
+        outcome = estimate_job(
+            config,
+            overrides=overrides or [],
+            num_rows=rows,
+            price_per_engine_hour=price_per_engine_hour,
+            as_json=as_json,
+        )
+    except KeyboardInterrupt:
+        _complain("ended at once; nothing was written")
+        raise typer.Exit(ExitCode.FATAL) from None
+    print(outcome.text)
+
+
+@app.command()
 def table(
     config: Annotated[Path, typer.Argument(help="YAML file of the job; its input and output sections may be missing.")],
     source: Annotated[str, typer.Option(help="Spark table to read.")],

@@ -91,16 +91,17 @@ def test_an_interrupted_run_says_that_it_can_go_on(capsys: Capture, monkeypatch:
     assert "the same command goes on" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("flags", [["--preview", "1"], ["--dry-run"]])
+@pytest.mark.parametrize("command", [["run", "--preview", "1"], ["run", "--dry-run"], ["estimate"]])
 def test_what_writes_nothing_says_so_when_it_is_interrupted(
-    flags: list[str], capsys: Capture, monkeypatch: pytest.MonkeyPatch
+    command: list[str], capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupt(*args: object, **options: object) -> Outcome:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("dspark_batch.job.runner.dry_run_job", interrupt)
     monkeypatch.setattr("dspark_batch.job.preview.preview_job", interrupt)
-    assert run_cli(["run", "a.yaml", *flags]) == ExitCode.FATAL
+    monkeypatch.setattr("dspark_batch.job.estimate.estimate_job", interrupt)
+    assert run_cli([*command, "a.yaml"]) == ExitCode.FATAL
     assert capsys.readouterr().err == "dspark-batch: ended at once; nothing was written\n"
 
 
