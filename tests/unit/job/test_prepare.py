@@ -24,6 +24,7 @@ def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Job:
 def test_the_fingerprint_covers_what_decides_the_output_and_nothing_else(job: Job) -> None:
     first = prepare(job.write()).fingerprint
     same = ["speculation.drafter=none", "engine.backend=ray", "shards.rows=3", "ray.actors=2", "output.path=elsewhere"]
+    same += ["limits.max_run_s=60"]
     other = ["sampling.seed=1", "prompt.template=x{{ text }}", "output.column=b", "input.id=text", "model.target=m"]
     assert {prepare(job.write(), overrides=[override]).fingerprint for override in same} == {first}
     assert len({prepare(job.write(), overrides=[override]).fingerprint for override in other} | {first}) == 6
