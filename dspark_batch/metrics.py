@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from typing import Any
@@ -47,7 +48,8 @@ class StepRecord:
     verified or not. num_accepted_tokens: drafted tokens that stand; num_emitted_tokens also counts the one that follows
     them, less what a stop or the length limit dropped. The four times add up to the step: drafting; target forward,
     logits included; sampling, verification and commit; everything else on the host. On a device that works
-    asynchronously, the sampling time also holds the wait for the forward.
+    asynchronously, the sampling time also holds the wait for the forward. draft_lengths, accepted_lengths: [num_rows]
+    verified draft tokens of each row and how many of them the verifier took, 0 where a constraint forced the tokens.
     """
 
     num_rows: int = 0
@@ -65,13 +67,16 @@ class StepRecord:
     sample_s: float = 0.0
     host_s: float = 0.0
     reason: PlanReason | None = None
+    draft_lengths: Sequence[int] = ()
+    accepted_lengths: Sequence[int] = ()
 
 
 @dataclass(slots=True)
 class EngineStats:
     """Totals over all steps of an engine; times in seconds, counts as in :class:`StepRecord`.
 
-    num_steps_by_reason: how often the schedule decided what.
+    num_steps_by_reason: how often the schedule decided what. num_rounds_by_draft_length, num_rounds_by_accepted_length:
+    rounds of rows in steps that verified drafts.
     """
 
     num_steps: int = 0
@@ -90,6 +95,8 @@ class EngineStats:
     sample_s: float = 0.0
     host_s: float = 0.0
     num_steps_by_reason: dict[PlanReason, int] = field(default_factory=dict)
+    num_rounds_by_draft_length: Counter[int] = field(default_factory=Counter)
+    num_rounds_by_accepted_length: Counter[int] = field(default_factory=Counter)
     last: StepRecord | None = None
 
     def add(self, record: StepRecord) -> None:
@@ -108,13 +115,22 @@ class EngineStats:
         self.host_s += record.host_s
         if record.reason is not None:
             self.num_steps_by_reason[record.reason] = self.num_steps_by_reason.get(record.reason, 0) + 1
+        if record.num_verified_draft_tokens:
+            self.num_rounds_by_draft_length.update(record.draft_lengths)
+            self.num_rounds_by_accepted_length.update(record.accepted_lengths)
         self.last = record
 
     def __add__(self, other: EngineStats) -> EngineStats:
         """The totals of both, one after the other."""
         sums: dict[str, Any] = {name: value + getattr(other, name) for name, value in self.as_dict().items()}
         by_reason = Counter(self.num_steps_by_reason) + Counter(other.num_steps_by_reason)
-        return EngineStats(**sums, num_steps_by_reason=dict(by_reason), last=other.last or self.last)
+        return EngineStats(
+            **sums,
+            num_steps_by_reason=dict(by_reason),
+            num_rounds_by_draft_length=self.num_rounds_by_draft_length + other.num_rounds_by_draft_length,
+            num_rounds_by_accepted_length=self.num_rounds_by_accepted_length + other.num_rounds_by_accepted_length,
+            last=other.last or self.last,
+        )
 
     @property
     def total_s(self) -> float:
@@ -129,4 +145,17 @@ class EngineStats:
 
     def as_dict(self) -> dict[str, int | float]:
         """The totals by name, for a metrics line."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("last", "num_steps_by_reason")}
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {name: value for name, value in values.items() if isinstance(value, int | float)}
+
+    def by_position(self) -> list[tuple[int, int]]:
+        """Of each draft position, from the first: tokens that were verified there, and those that were accepted.
+
+        May be called while another thread adds.
+        """
+        drafts, accepts = self.num_rounds_by_draft_length.copy(), self.num_rounds_by_accepted_length.copy()
+        return [(_at_least(place, drafts), _at_least(place, accepts)) for place in range(1, max(drafts, default=0) + 1)]
+
+
+def _at_least(length: int, num_rounds: Counter[int]) -> int:
+    return sum(count for found, count in num_rounds.items() if found >= length)

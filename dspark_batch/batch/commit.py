@@ -1,10 +1,10 @@
 """The output folder of a run. A shard is committed when its manifest entry stands; everything else is swept.
 
 Layout: ``<shard>.parquet``, ``_SUCCESS``, and in ``_dspark/``: ``plan.json``, ``run.yaml``, ``fingerprint.json``,
-``engine.json``, ``metrics.jsonl``, ``manifest/<shard>.json``, ``staging/<shard>.<run>.<attempt>.tmp``, and
-``empty.parquet`` where there are no rows. A run that overwrites another keeps all of this below ``_dspark/next`` until
-its end (``swap.py``). Runs into a table format keep their files in ``data-<uid>/``, since older versions of the table
-go on to name them.
+``engine.json``, ``metrics.jsonl``, ``report.html``, ``work/<engine>.json``, ``manifest/<shard>.json``,
+``staging/<shard>.<run>.<attempt>.tmp``, and ``empty.parquet`` where there are no rows. A run that overwrites another
+keeps all of this below ``_dspark/next`` until its end (``swap.py``). Runs into a table format keep their files in
+``data-<uid>/``, since older versions of the table go on to name them.
 """
 
 from __future__ import annotations

@@ -54,6 +54,14 @@ class MeasuredEngine(Protocol):
 
 
 @runtime_checkable
+class PlacedEngine(Protocol):
+    """An engine that knows the kind of device it computes on: ``cpu`` or ``cuda``."""
+
+    @property
+    def device(self) -> str: ...
+
+
+@runtime_checkable
 class WeighedEngine(Protocol):
     """An engine that knows the fingerprint of its target's files (``models.sources.weights_fingerprint``)."""
 

@@ -24,6 +24,7 @@ from dspark_batch.batch.rows import ShardInput
 from dspark_batch.batch.service import WorkerService
 from dspark_batch.batch.shards import Shard
 from dspark_batch.batch.watchdog import Watchdog, describe_hang
+from dspark_batch.batch.work import WorkLog
 from dspark_batch.batch.worker import BatchWorker
 from dspark_batch.engine.config import EngineConfig
 from dspark_batch.errors import EngineError
@@ -81,6 +82,7 @@ class ShardExecutor:
         self._run = spec.open_store()
         self._engine: CountingEngine | None = None
         self._gate = EngineGate()
+        self._work = WorkLog(self._run, counts=self.live, by_position=self._by_position)
         with collected_warnings() as warnings:
             self._service = WorkerService(self._make_worker).start()
         self.warnings = tuple(warnings)
@@ -89,6 +91,7 @@ class ShardExecutor:
         # take as long as everything else that is done for a row.
         gc.collect()
         gc.freeze()
+        self._work.start(device=None if self._engine is None else self._engine.device)
         self._watchdog = self._start_watchdog()
 
     def run(
@@ -100,7 +103,10 @@ class ShardExecutor:
         is replaced. ``trial`` and ``note_step`` are of a ``FaultLog``, where there is one. Raises EngineError when the
         engine is broken (another process may succeed), InputError and OutputError.
         """
+        with self._work.shard():
+            return self._commit(shard, trial=trial, note_step=note_step)
 
+    def _commit(self, shard: Shard, *, trial: Trial, note_step: NoteStep) -> ManifestEntry:
         def generated(rows: ShardInput) -> ShardResult:
             return self._generate(rows, trial=trial, note_step=note_step)
 
@@ -137,6 +143,7 @@ class ShardExecutor:
         self._service.close()
         if self._watchdog is not None:
             self._watchdog.stop()
+        self._work.close()
         self._reader.close()
         if self._engine is not None and not self._service.is_abandoned:
             self._engine.close()
@@ -169,6 +176,9 @@ class ShardExecutor:
             return self._service.submit(shard).result()
         except (CancelledError, RuntimeError) as error:
             raise EngineError(f"shard {shard.key}: given up, the engine was closed") from error
+
+    def _by_position(self) -> list[tuple[int, int]]:
+        return [] if self._engine is None else self._engine.by_position
 
     def _start_watchdog(self) -> Watchdog | None:
         engine, service, config = self._engine, self._service, self._spec.config

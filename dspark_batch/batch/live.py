@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
 
-from dspark_batch.batch.contract import MeasuredEngine, RowEngine
+from dspark_batch.batch.contract import MeasuredEngine, PlacedEngine, RowEngine
 from dspark_batch.core import Request, Result
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LiveCounts:
-    """Samples that came out of an engine, failed ones included, and tokens and rounds.
+    """Samples that came out of an engine, failed ones included, its steps, and tokens and rounds.
 
     Where the engine counts them (``MeasuredEngine``), tokens and rounds are those of all samples, of those that still
-    decode too; else of those that came out.
+    decode too; else of those that came out. ``num_verified_tokens``: drafted tokens that the target checked.
     """
 
     num_samples: int = 0
@@ -22,6 +22,9 @@ class LiveCounts:
     num_rounds: int = 0
     num_drafted_tokens: int = 0
     num_accepted_tokens: int = 0
+    num_steps: int = 0
+    num_prefill_tokens: int = 0
+    num_verified_tokens: int = 0
 
     def __add__(self, other: LiveCounts) -> LiveCounts:
         return LiveCounts(**{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)})
@@ -50,6 +53,7 @@ class CountingEngine:
         self._num_rounds = 0
         self._num_drafted = 0
         self._num_accepted = 0
+        self._num_prompt = 0
 
     @property
     def counts(self) -> LiveCounts:
@@ -60,6 +64,9 @@ class CountingEngine:
             num_rounds=self._num_rounds,
             num_drafted_tokens=self._num_drafted,
             num_accepted_tokens=self._num_accepted,
+            num_steps=self._num_steps,
+            num_prefill_tokens=self._num_prompt,
+            num_verified_tokens=self._num_drafted,
         )
         if not isinstance(self._engine, MeasuredEngine):
             return counts
@@ -70,7 +77,20 @@ class CountingEngine:
             num_rounds=stats.num_row_rounds,
             num_drafted_tokens=stats.num_drafted_tokens,
             num_accepted_tokens=stats.num_accepted_tokens,
+            num_steps=stats.num_steps,
+            num_prefill_tokens=stats.num_prefill_tokens,
+            num_verified_tokens=stats.num_verified_draft_tokens,
         )
+
+    @property
+    def by_position(self) -> list[tuple[int, int]]:
+        """Verified and accepted tokens of each draft position; empty where the engine does not count them."""
+        return self._engine.stats.by_position() if isinstance(self._engine, MeasuredEngine) else []
+
+    @property
+    def device(self) -> str | None:
+        """The kind of device; None of an engine that does not say."""
+        return self._engine.device if isinstance(self._engine, PlacedEngine) else None
 
     @property
     def load(self) -> EngineLoad:
@@ -117,6 +137,7 @@ class CountingEngine:
             self._num_rounds += result.num_rounds
             self._num_drafted += result.num_drafted_tokens
             self._num_accepted += result.num_accepted_tokens
+            self._num_prompt += result.num_prompt_tokens
         return finished
 
     def close(self) -> None:

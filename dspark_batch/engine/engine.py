@@ -65,6 +65,7 @@ class BatchEngine:
         target = loaded.target
         self._target = target
         self.target_fingerprint = loaded.fingerprint
+        self.device = target.device.type
         self._poison_dead_kv = config.poison_dead_kv
         self._codec = loaded.codec
         self._max_context = _max_context(config, target)

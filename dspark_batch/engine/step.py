@@ -102,16 +102,16 @@ class StepRunner:
         self._advance(parts, output.features)
         commit_until = perf_counter()
         num_verify = sum(len(p.draft) + 1 for p in parts[: len(decoding)])
+        outcome = RoundOutcome(
+            num_verified=[0 if must else len(p.draft) for must, p in zip(forced, parts, strict=False)],
+            num_accepted=[0 if must else num for must, num in zip(forced, tally.accepted, strict=False)],
+            num_step_tokens=len(token_ids),
+            num_prefill_tokens=len(token_ids) - num_verify + sum(map(len, forced)),
+            draft_s=draft_s,
+            step_s=commit_until - started - draft_s,
+            emitted=tally.emitted[: len(decoding)],
+        )
         if decoding:
-            outcome = RoundOutcome(
-                num_verified=[0 if must else len(p.draft) for must, p in zip(forced, parts, strict=False)],
-                num_accepted=[0 if must else num for must, num in zip(forced, tally.accepted, strict=False)],
-                num_step_tokens=len(token_ids),
-                num_prefill_tokens=len(token_ids) - num_verify + sum(map(len, forced)),
-                draft_s=draft_s,
-                step_s=commit_until - started - draft_s,
-                emitted=tally.emitted[: len(decoding)],
-            )
             self._policy.observe(load, outcome)
         forward_s = sample_from - forward_from + tally.logits_s
         sample_s = commit_until - sample_from - tally.logits_s
@@ -131,6 +131,8 @@ class StepRunner:
             sample_s=sample_s,
             host_s=perf_counter() - started - draft_s - forward_s - sample_s,
             reason=self._policy.reason if decoding and self._drafter.max_draft_tokens else None,
+            draft_lengths=outcome.num_verified,
+            accepted_lengths=outcome.num_accepted,
         )
         logger.debug("%s", record)
         return record

@@ -23,6 +23,10 @@ def test_the_totals_by_name_are_plain_numbers() -> None:
 
 def test_the_totals_of_two_engines_add_up() -> None:
     one, other = EngineStats(), EngineStats()
+    one.add(StepRecord(num_verified_draft_tokens=3, draft_lengths=[2, 1], accepted_lengths=[1, 1]))
+    other.add(StepRecord(num_verified_draft_tokens=2, draft_lengths=[2, 0], accepted_lengths=[0, 0]))
+    assert (one + other).by_position() == [(3, 2), (2, 0)]
+    one, other = EngineStats(), EngineStats()
     for stats, reason in ((one, PlanReason.DRAFTED), (one, PlanReason.PAUSED), (other, PlanReason.DRAFTED)):
         stats.add(StepRecord(num_rows=2, num_emitted_tokens=3, forward_s=0.5, reason=reason))
     both = one + other
@@ -30,3 +34,12 @@ def test_the_totals_of_two_engines_add_up() -> None:
     assert both.num_steps_by_reason == {PlanReason.DRAFTED: 2, PlanReason.PAUSED: 1}
     assert both.last is other.last
     assert (one + EngineStats()).last is one.last
+
+
+def test_of_each_draft_position_what_was_verified_and_accepted_is_known() -> None:
+    stats = EngineStats()
+    assert stats.by_position() == []
+    stats.add(StepRecord(num_rows=3, num_verified_draft_tokens=5, draft_lengths=[3, 2, 0], accepted_lengths=[3, 0, 0]))
+    stats.add(StepRecord(num_rows=1, num_verified_draft_tokens=1, draft_lengths=[1], accepted_lengths=[1]))
+    stats.add(StepRecord(num_rows=2, draft_lengths=[0, 0], accepted_lengths=[0, 0]))
+    assert stats.by_position() == [(3, 2), (2, 1), (1, 1)]

@@ -195,6 +195,8 @@ class SimulatedEngine:
             draft_s=draft_s,
             forward_s=step_s,
             reason=self._policy.reason if decoding else None,
+            draft_lengths=verified.tolist(),
+            accepted_lengths=accepted.tolist(),
         )
         self.stats.add(record)
         return record

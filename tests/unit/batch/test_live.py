@@ -27,7 +27,11 @@ def test_a_counting_engine_is_the_engine_and_counts_every_sample() -> None:
         num_rounds=num_tokens,
         num_drafted_tokens=2 * num_tokens,
         num_accepted_tokens=num_tokens,
+        num_steps=inner.counters.num_steps,
+        num_prefill_tokens=sum(result.num_prompt_tokens for result in seen),
+        num_verified_tokens=2 * num_tokens,
     )
+    assert (engine.by_position, engine.device) == ([], None)
     assert engine.counts - engine.counts == LiveCounts()
     assert len(seen) == 14
     engine.close()
@@ -51,11 +55,20 @@ class MeasuredEngine(ScriptedEngine):
     def __init__(self) -> None:
         super().__init__(max_concurrency=4, max_steps=9)
         self.stats = EngineStats()
+        self.device = "cuda"
 
     def step(self):
         out = super().step()
         num_rows = min(4, self.num_unfinished + len(out))
-        record = StepRecord(num_rows=num_rows, num_emitted_tokens=num_rows, num_drafted_tokens=2, num_accepted_tokens=1)
+        record = StepRecord(
+            num_rows=num_rows,
+            num_emitted_tokens=num_rows,
+            num_drafted_tokens=2,
+            num_verified_draft_tokens=1,
+            num_accepted_tokens=1,
+            draft_lengths=[1, 0, 0, 0],
+            accepted_lengths=[1, 0, 0, 0],
+        )
         self.stats.add(record)
         return out
 
@@ -68,7 +81,8 @@ def test_tokens_of_samples_that_still_decode_count_where_the_engine_tells_them()
     engine.step()
     counts = engine.counts
     assert (counts.num_generated_tokens, counts.num_rounds) == (4, 4)
-    assert (counts.num_drafted_tokens, counts.num_accepted_tokens) == (2, 1)
+    assert (counts.num_drafted_tokens, counts.num_verified_tokens, counts.num_accepted_tokens) == (2, 1, 1)
+    assert (counts.num_steps, engine.by_position, engine.device) == (1, [(1, 1)], "cuda")
     assert engine.num_processed == 4 + counts.num_samples
     inner.stats.last = StepRecord(num_queued=38)
     assert engine.load.num_queued >= 36

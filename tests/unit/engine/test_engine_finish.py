@@ -130,3 +130,15 @@ def test_rows_may_ask_for_different_numbers_of_logprobs() -> None:
     for result, num_top in zip(results[1:], (0, 1, 4), strict=True):
         assert result.logprobs is not None
         assert [len(entry.top_token_ids) for entry in result.logprobs] == [num_top] * 5
+
+
+def test_verified_and_accepted_tokens_are_counted_by_draft_position(plain: tuple[int, ...]) -> None:
+    text = [*plain[:3], 0 if plain[3] else 1, *plain[4:]]
+    drafter = OracleDrafter({noise_key(0, "r", 0): [*PROMPT, *text]}, max_draft_tokens=4)
+    config = EngineConfig(max_draft_tokens=4, schedule="fixed")
+    request = Request(id="r", prompt_token_ids=PROMPT, sampling=SamplingParams(max_new_tokens=12))
+    with BatchEngine(model(), config, drafter=drafter) as engine:
+        assert next(iter(engine.generate([request]))).token_ids == plain[:12]
+        # Drafts of 4, 4 and 2 tokens; the first holds for 2.
+        assert engine.stats.by_position() == [(3, 3), (3, 3), (2, 1), (2, 1)]
+        assert engine.device == "cpu"
