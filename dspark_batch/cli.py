@@ -147,6 +147,20 @@ def profile(
     )
 
 
+@app.command()
+def report(
+    output_path: Annotated[str, typer.Argument(metavar="OUTPUT_PATH", help="Folder or URI of a run, done or not.")],
+    html: Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Also write the page here.")] = None,
+    price_per_engine_hour: Annotated[
+        float | None, typer.Option("--price-per-engine-hour", min=0, help="Also show what that comes to.")
+    ] = None,
+) -> None:
+    """What a run did and what it cost so far: rows, tokens, engine-hours, failures."""
+    from dspark_batch.report.command import report_command
+
+    report_command(output_path, html=html, price=price_per_engine_hour)
+
+
 @bench_app.command("throughput")
 def bench_throughput(
     config: Annotated[Path, typer.Argument(help="YAML: model, speculation, engine, sampling; the rest is ignored.")],

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, TextIO
 
+from dspark_batch.errors import DSparkBatchError, LeaseLostError
 from dspark_batch.job.backend import Backend
 from dspark_batch.job.config import ConfigLike
 from dspark_batch.job.drive import Bounds, Ending, bound_reached, drive, say_nothing_began
@@ -16,6 +17,7 @@ from dspark_batch.job.local import LocalBackend
 from dspark_batch.job.outcome import Outcome, Totals
 from dspark_batch.job.prepare import PreparedRun, Remaining, prepare, remaining
 from dspark_batch.job.progress import Work, counted, progress_report
+from dspark_batch.job.report import write_report
 from dspark_batch.job.signals import StoppedEarlyError, StopRequest, made_unless_stopped
 from dspark_batch.job.summary import Finished, describe, ending_outcome, exit_code, nothing_to_do, planned_rows
 from dspark_batch.provenance import device_facts
@@ -83,7 +85,13 @@ def _run_to_end(run: PreparedRun, *, retry_failed: bool, verify: bool, stream: T
     _begin(run)
     if verify:
         run.store.discard([shard.name for shard in left.shards if shard.name not in left.committed])
-    finished = _work(run, left, bounds=bounds, retry_failed=retry_failed, stream=stream, stop=stop)
+    try:
+        finished = _work(run, left, bounds=bounds, retry_failed=retry_failed, stream=stream, stop=stop)
+    except LeaseLostError:
+        raise
+    except DSparkBatchError:
+        write_report(run)
+        raise
     return _finish(finished)
 
 
@@ -183,6 +191,7 @@ def _close_without_work(run: PreparedRun, left: Remaining, *, retry_failed: bool
     outcome = nothing_to_do(run, left.totals, retry_failed=retry_failed)
     if outcome.is_success and not is_complete(run.store, plan=run.plan):
         finish_run(run.store, plan=run.plan, config=run.config)
+        write_report(run)
     return outcome
 
 
@@ -199,4 +208,4 @@ def _finish(finished: Finished) -> Outcome:
     append_metrics(finished, device=device_facts())
     if exit_code(run, finished.whole, ending=finished.ending).is_success:
         finish_run(run.store, plan=run.plan, config=run.config)
-    return ending_outcome(finished)
+    return ending_outcome(finished, about_cost=write_report(run))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -37,12 +37,12 @@ class Finished:
     elapsed_s: float
 
 
-def ending_outcome(finished: Finished) -> Outcome:
-    """The exit code and summary for an ending."""
+def ending_outcome(finished: Finished, *, about_cost: Sequence[str] = ()) -> Outcome:
+    """The exit code and summary for an ending. ``about_cost``: lines of it that ``write_report`` gave."""
     run, whole = finished.run, finished.whole
     code = exit_code(run, whole, ending=finished.ending)
     about_rows = [*_failures(run, whole), *_cut_texts(run, whole)]
-    lines = [_headline(finished), *_work_done(finished), *about_rows, f"output: {run.config.output.path}"]
+    lines = [_headline(finished), *_work_done(finished), *about_rows, f"output: {run.config.output.path}", *about_cost]
     if finished.done.num_shards:
         lines += _sample_rows(run)
     return Outcome(code=code, text="\n".join(lines))

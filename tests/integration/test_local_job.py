@@ -13,9 +13,11 @@ import pytest
 import dspark_batch
 from dspark_batch.batch.commit import read_output
 from dspark_batch.batch.engines import ENGINE_FACTORY_VARIABLE
+from dspark_batch.batch.work import EngineWork
 from dspark_batch.cli import run_cli
 from dspark_batch.errors import ConfigError
 from dspark_batch.job.outcome import ExitCode
+from dspark_batch.report.records import read_run
 from dspark_batch.testing.counting_engine import FACTORY as COUNTING
 from dspark_batch.testing.counting_engine import EngineFolder
 from dspark_batch.testing.engine_factories import FAILURES_VARIABLE, FAULT_AFTER_VARIABLE, STEP_DELAY_VARIABLE
@@ -252,7 +254,7 @@ def test_bad_input_text_that_is_not_utf8_comes_out_as_valid_text(job: Job) -> No
 
 
 def test_a_run_is_finished_before_its_summary_is_made(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(finished: object) -> None:
+    def broken(finished: object, **rest: object) -> None:
         raise OSError("no summary")
 
     monkeypatch.setattr("dspark_batch.job.runner.ending_outcome", broken)
@@ -497,3 +499,69 @@ def test_a_hung_engine_ends_the_run_in_one_line_and_the_same_command_goes_on(
     assert "Traceback" not in err
     assert run_cli(["run", job.write()]) == ExitCode.OK
     assert sorted(read_output(str(job.out))["id"].to_pylist()) == sorted(f"r{n}" for n in range(47))
+
+
+def engines_of(job: Job) -> list[EngineWork]:
+    return list(read_run(str(job.out)).engines)
+
+
+def test_a_run_ends_with_its_page_and_its_cost(job: Job, capsys: Capture) -> None:
+    assert run_cli(["run", job.write()]) == ExitCode.OK
+    out = capsys.readouterr().out
+    assert f"report: {job.out}/_dspark/report.html\n" in out
+    assert re.search(r"^cost: \S+ engine-hours of 1 engine; \S+ per million rows$", out, re.MULTILINE)
+    page = (job.out / "_dspark" / "report.html").read_text()
+    assert "<strong>47</strong>" in page
+    assert ">finished<" in page
+    (engine,) = engines_of(job)
+    tokens = sum(read_output(job.out).column("num_generated_tokens").to_pylist())
+    assert (engine.total.num_samples, engine.total.num_generated_tokens) == (47, tokens)
+    assert 0 < engine.load_s <= engine.engine_s < 60
+
+
+def test_resumed_retried_and_overwritten_runs_count_each_engine_once(
+    job: Job, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(FAILURES_VARIABLE, "Say text 1=engine_error")
+    assert run_cli(["run", job.write(), "limits.max_generated_tokens=1"]) == ExitCode.FATAL
+    assert "shards committed," in (job.out / "_dspark" / "report.html").read_text()
+    assert run_cli(["run", job.write()]) == ExitCode.SOME_ROWS_FAILED
+    assert "with the starts before" in capsys.readouterr().out
+    monkeypatch.delenv(FAILURES_VARIABLE)
+    assert run_cli(["run", job.write(), "--retry-failed"]) == ExitCode.OK
+    assert [engine.total.num_samples for engine in engines_of(job)][-1] == 1
+    assert sum(engine.total.num_samples for engine in engines_of(job)) == 48
+    assert len({engine.run_id for engine in engines_of(job)}) == 3
+    assert run_cli(["run", job.write()]) == ExitCode.OK
+    assert len(engines_of(job)) == 3
+    anew = [job.write(), "sampling.seed=5", "output.mode=overwrite"]
+    assert run_cli(["run", *anew, "limits.max_generated_tokens=1"]) == ExitCode.FATAL
+    capsys.readouterr()
+    assert run_cli(["report", str(job.out)]) == ExitCode.OK
+    assert "beside the output that it is to replace" in capsys.readouterr().out
+    assert run_cli(["run", *anew]) == ExitCode.OK
+    assert len(engines_of(job)) == 2
+    assert sum(engine.total.num_samples for engine in engines_of(job)) == 47
+    assert ">finished<" in (job.out / "_dspark" / "report.html").read_text()
+
+
+def test_a_run_that_an_engine_ended_has_a_page_too(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run_cli(["run", job.write(), "limits.max_generated_tokens=1"]) == ExitCode.FATAL
+    page = job.out / "_dspark" / "report.html"
+    page.unlink()
+    monkeypatch.setenv(FAULT_AFTER_VARIABLE, "0")
+    assert run_cli(["run", job.write()]) == ExitCode.FATAL
+    assert "not finished" in page.read_text()
+    assert len(engines_of(job)) > 2
+
+
+def test_a_page_that_cannot_be_drawn_does_not_fail_the_run(
+    job: Job, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(records: object) -> str:
+        raise ZeroDivisionError("no page")
+
+    monkeypatch.setattr("dspark_batch.report.page.draw_page", broken)
+    assert run_cli(["run", job.write()]) == ExitCode.OK
+    assert "warning: there is no report of this run: ZeroDivisionError: no page\n" in capsys.readouterr().out
+    assert (job.out / "_SUCCESS").exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from dspark_batch.cli import run_cli
 from dspark_batch.job.outcome import ExitCode
 from dspark_batch.models.loader import resolve_dtype
 from dspark_batch.models.sources import resolve_source, weights_fingerprint
+from dspark_batch.report.records import read_run
 from dspark_batch.testing.jobs import Job, write_job
 from dspark_batch.testing.tiny import save_tiny_checkpoint
 
@@ -137,3 +139,46 @@ def test_constrained_texts_are_what_they_have_to_be_and_cut_ones_are_told(job: J
     assert (
         "2 texts cut by sampling.max_new_tokens=3 before sampling.json_schema was fulfilled" in capsys.readouterr().out
     )
+
+
+class PageText(HTMLParser):
+    """What a page shows, and its tags."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.words: list[str] = []
+        self.tags: set[str] = set()
+        self.feed(page)
+        self.text = " ".join(self.words)
+
+    def handle_starttag(self, tag: str, attrs: object) -> None:
+        self.tags.add(tag)
+
+    def handle_data(self, data: str) -> None:
+        self.words += data.split()
+
+
+def test_the_report_of_a_run_has_its_totals_and_takes_names_as_text(job: Job, capsys: Capture) -> None:
+    out = job.folder / "<script>alert('1')<"
+    job.config["output"]["path"] = str(out)
+    job.config["speculation"] = {"drafter": "ngram", "schedule": "fixed", "max_draft_tokens": 2}
+    job.config["sampling"] = {"max_new_tokens": 12, "ignore_eos": True}
+    assert run_cli(["run", job.write()]) == ExitCode.SOME_ROWS_FAILED
+    assert f"report: {out}/_dspark/report.html" in capsys.readouterr().out
+    page = PageText((out / "_dspark" / "report.html").read_text())
+    assert str(out) in page.text
+    assert "script" not in page.tags
+    assert "rows 3 1 failed (33.3 %)" in page.text
+    assert "generated tokens 24 43 prompt tokens" in page.text
+    assert "prompt_too_long 1 33.33 %" in page.text
+    assert "Throughput generated tokens per second" in page.text
+    assert run_cli(["report", str(out)]) == ExitCode.OK
+    assert "engine-hours" in capsys.readouterr().out
+    (engine,) = read_run(str(out)).engines
+    rows = [row for row in read_output(str(out)).to_pylist() if row["error"] is None]
+    assert engine.total.num_generated_tokens == sum(row["num_generated_tokens"] for row in rows) == 24
+    assert engine.total.num_rounds == sum(row["num_rounds"] for row in rows)
+    assert engine.total.num_drafted_tokens == sum(row["num_drafted_tokens"] for row in rows)
+    assert engine.total.num_accepted_tokens == sum(row["num_accepted_tokens"] for row in rows)
+    assert sum(verified for verified, _ in engine.by_position) == engine.total.num_verified_tokens
+    assert (engine.device, engine.total.num_prefill_tokens) == ("cpu", 43)
