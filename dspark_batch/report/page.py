@@ -73,10 +73,15 @@ def state_of(run: RunRecords) -> str:
     """Whether the run is done, in a few words."""
     if run.is_finished:
         return "finished"
-    shards = f"{len(run.entries):,} shards committed, "
-    shards += f"{run.num_open_shards:,} to do" if run.num_open_shards else "and the output is not marked as done"
+    shards = f"{len(run.entries):,} {'shard' if len(run.entries) == 1 else 'shards'}"
     where = ", beside the output that it is to replace" if run.is_overwriting else ""
-    return f"not finished: {shards}{where}"
+    if run.num_open_shards:
+        return f"not finished: {shards} committed, {run.num_open_shards:,} to do{where}"
+    limit = (run.config.get("limits") or {}).get("max_failed_fraction")
+    if limit is not None and run_totals(run).failed_fraction > limit:
+        allowed = f"more than limits.max_failed_fraction={limit} allows"
+        return f"not done, too many rows failed ({allowed}); {shards} committed, none to do{where}"
+    return f"not finished: {shards} committed, and the output is not marked as done{where}"
 
 
 def cost_rows(totals: Totals, cost: Cost) -> list[tuple[str, str, str, str]]:

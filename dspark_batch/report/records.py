@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dspark_batch.errors import ConfigError, OutputError, Problem
@@ -50,6 +51,9 @@ def read_run(path: str, *, meta: str | None = None) -> RunRecords:
     from dspark_batch.batch.store import Store
 
     store = Store(path)
+    if store.is_local and Path(store.root).is_file():
+        message = f"{path!r} is a file, not the folder of a run; give the output.path of a run"
+        raise ConfigError([Problem("OUTPUT_PATH", message, "command line")])
     if store.stat(SWAP) is not None:
         raise OutputError(
             f"{path}: a run was interrupted while it took the place of the old output; run the job to finish that"

@@ -15,7 +15,7 @@ from dspark_batch.batch.results import ShardStats
 from dspark_batch.cli import run_cli
 from dspark_batch.errors import ConfigError, OutputError
 from dspark_batch.report.charts import TIME_STEPS_S, WIDTH, format_time, position_chart, time_chart
-from dspark_batch.report.page import draw_page
+from dspark_batch.report.page import draw_page, state_of
 from dspark_batch.report.records import RunRecords, read_run
 
 Capture = pytest.CaptureFixture[str]
@@ -178,6 +178,21 @@ def test_a_folder_that_is_no_run_is_named(tmp_path: Path, capsys: Capture) -> No
             read_run(str(path))
         assert run_cli(["report", str(path)]) == 2
         assert f"{str(path)!r} holds no run" in capsys.readouterr().err
+
+
+def test_a_file_is_no_run(tmp_path: Path, capsys: Capture) -> None:
+    config = tmp_path / "label.yaml"
+    config.write_text("output: {path: out}")
+    assert run_cli(["report", str(config)]) == 2
+    assert f"{str(config)!r} is a file, not the folder of a run" in capsys.readouterr().err
+
+
+def test_a_run_in_which_too_many_rows_failed_is_told_from_one_that_goes_on(run: RunRecords) -> None:
+    complete = replace(run, entries=run.entries[:1], num_open_shards=0)
+    assert state_of(complete) == "not finished: 1 shard committed, and the output is not marked as done"
+    failed = replace(complete, config={"limits": {"max_failed_fraction": 0.001}})
+    allowed = "more than limits.max_failed_fraction=0.001 allows"
+    assert state_of(failed) == f"not done, too many rows failed ({allowed}); 1 shard committed, none to do"
 
 
 def test_damaged_state_is_named_by_its_file(tmp_path: Path) -> None:
