@@ -162,10 +162,10 @@ def _table(estimate: Estimate, job: JobConfig, *, price: Interval | None) -> lis
         "generated tokens/s": f"{estimate.tokens_per_s:,.0f} by one engine, {estimate.num_together} samples together",
         "time": f"{_span(estimate.time_s, format_duration)} on {where}",
         "loading": f"{format_duration(estimate.load_s)} for each engine, not in the time",
-        "engine-hours": _span(estimate.engine_hours, lambda hours: f"{hours:,.2f}"),
+        "engine-hours": _span(estimate.engine_hours, _small),
     }
     if price is not None:
-        facts["price"] = _span(price, lambda money: f"{money:,.2f}")
+        facts["price"] = _span(price, _small)
     width = max(map(len, facts))
     return [f"{name:<{width}}  {fact}" for name, fact in facts.items()]
 
@@ -176,10 +176,12 @@ def _notes(estimate: Estimate, job: JobConfig, *, max_concurrency: int) -> Itera
         "in brackets: 90 % intervals. They know that other rows could have been drawn, and not what else a machine does"
     )
     all_rows = round(estimate.rows.value)
-    if not estimate.had_queue and estimate.num_together < max_concurrency and estimate.num_pilot_rows < all_rows:
-        num_rows = math.ceil(2 * max_concurrency / job.sampling.n)
+    has_more_rows = estimate.num_pilot_rows + NUM_WARM_UP_ROWS < all_rows
+    if not estimate.had_queue and estimate.num_together < max_concurrency and has_more_rows:
+        num_together = min(max_concurrency, all_rows * job.sampling.n)
+        num_rows = min(math.ceil(2 * max_concurrency / job.sampling.n), all_rows)
         yield (
-            f"the job decodes up to {max_concurrency} samples together, the pilot {estimate.num_together}: the job is "
+            f"the job decodes up to {num_together} samples together, the pilot {estimate.num_together}: the job is "
             f"faster than this; --rows {num_rows} fills the batch"
         )
     if estimate.num_copied:
@@ -201,6 +203,11 @@ def _whole(value: float) -> str:
 
 def _one_place(value: float) -> str:
     return f"{value:,.1f}"
+
+
+def _small(value: float) -> str:
+    """Hundredths, and three digits that count below one."""
+    return f"{value:,.2f}" if value == 0 or value >= 1 else f"{value:.3g}"
 
 
 def _say(stream: TextIO, text: str) -> None:

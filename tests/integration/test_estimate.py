@@ -89,6 +89,25 @@ def test_a_pilot_that_does_not_fill_the_batch_says_so(
     assert len(estimated(capsys, job.write(), "--rows", "32")["notes"]) == 1
 
 
+def test_a_table_smaller_than_the_batch_is_not_asked_for_more_rows_than_it_has(
+    job: Job, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = EngineFolder.make(job.folder / "engine", max_concurrency=64)
+    job.config["model"] = {"target": str(engine.path)}
+    monkeypatch.setenv(ENGINE_FACTORY_VARIABLE, COUNTING)
+    notes = " ".join(estimated(capsys, job.write(), "--rows", "10")["notes"])
+    assert "decodes up to 47 samples together, the pilot 10" in notes
+    assert "--rows 47 fills the batch" in notes
+    assert len(estimated(capsys, job.write())["notes"]) == 1
+
+
+def test_the_price_of_a_small_job_is_not_zero(job: Job, capsys: Capture) -> None:
+    assert run_cli(["estimate", job.write(), "--price-per-engine-hour", "0.01"]) == ExitCode.OK
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    for name in ("engine-hours", "price"):
+        assert float(next(line[1] for line in lines if line[0] == name)) > 0
+
+
 @pytest.mark.parametrize("template", ["Say something", "Say {{ text }}"])
 def test_rows_may_have_no_id_and_a_prompt_without_a_column(job: Job, capsys: Capture, template: str) -> None:
     job.config["input"].pop("id")
