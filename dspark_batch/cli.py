@@ -26,9 +26,9 @@ app.add_typer(bench_app, name="bench")
 
 @app.command()
 def run(
-    config: Annotated[Path, typer.Argument(help="YAML file of the job.")],
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file of the job.")],
     overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, such as sampling.seed=1.")
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Overrides, such as sampling.seed=1.")
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Validate, count shards and rows, print the run.")] = False,
     preview: Annotated[
@@ -65,14 +65,16 @@ def run(
 
 @app.command()
 def estimate(
-    config: Annotated[Path, typer.Argument(help="YAML file of the job.")],
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file of the job.")],
     overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, such as sampling.seed=1.")
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Overrides, such as sampling.seed=1.")
     ] = None,
     rows: Annotated[
         int | None, typer.Option(min=8, help="Rows of the pilot; default: twice what is decoded together, 48 to 512.")
     ] = None,
-    price_per_engine_hour: Annotated[float | None, typer.Option(min=0, help="Money for an engine-hour.")] = None,
+    price_per_engine_hour: Annotated[
+        float | None, typer.Option(min=0, help="Money for an engine-hour; adds the price.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Everything as one JSON object.")] = False,
 ) -> None:
     """Tokens, time and money that the job of CONFIG would take, from a pilot of random rows; writes nothing."""
@@ -93,13 +95,30 @@ def estimate(
 
 
 @app.command()
+def report(
+    output_path: Annotated[str, typer.Argument(metavar="OUTPUT_PATH", help="Folder or URI of a run, done or not.")],
+    html: Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Also write the page here.")] = None,
+    price_per_engine_hour: Annotated[
+        float | None, typer.Option("--price-per-engine-hour", min=0, help="Money for an engine-hour; adds the price.")
+    ] = None,
+) -> None:
+    """What a run did and what it cost so far: rows, tokens, engine-hours, failures."""
+    from dspark_batch.report.command import report_command
+
+    report_command(output_path, html=html, price=price_per_engine_hour)
+
+
+@app.command()
 def table(
-    config: Annotated[Path, typer.Argument(help="YAML file of the job; its input and output sections may be missing.")],
+    config: Annotated[
+        Path,
+        typer.Argument(metavar="CONFIG", help="YAML file of the job; its input and output sections may be missing."),
+    ],
     source: Annotated[str, typer.Option(help="Spark table to read.")],
     target: Annotated[str, typer.Option(help="Spark table to write.")],
     staging: Annotated[str, typer.Option(help="Folder or URI that Spark and the job reach.")],
     overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, such as sampling.seed=1.")
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Overrides, such as sampling.seed=1.")
     ] = None,
     backend: Annotated[str, typer.Option(help="Where the rows are generated: ray or spark.")] = "ray",
     ray_job_address: Annotated[str | None, typer.Option(help="Submit the job to this Ray cluster.")] = None,
@@ -123,9 +142,11 @@ def table(
 
 @app.command()
 def profile(
-    config: Annotated[Path | None, typer.Argument(help="YAML file of a job; its model and speculation count.")] = None,
+    config: Annotated[
+        Path | None, typer.Argument(metavar="CONFIG", help="YAML file of a job; its model and speculation count.")
+    ] = None,
     overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, such as model.dtype=float32.")
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Overrides, such as model.dtype=float32.")
     ] = None,
     target: Annotated[str | None, typer.Option(help="Target, instead of that of CONFIG.")] = None,
     drafter: Annotated[str | None, typer.Option(help="Drafter, instead of that of CONFIG.")] = None,
@@ -147,26 +168,14 @@ def profile(
     )
 
 
-@app.command()
-def report(
-    output_path: Annotated[str, typer.Argument(metavar="OUTPUT_PATH", help="Folder or URI of a run, done or not.")],
-    html: Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Also write the page here.")] = None,
-    price_per_engine_hour: Annotated[
-        float | None, typer.Option("--price-per-engine-hour", min=0, help="Also show what that comes to.")
-    ] = None,
-) -> None:
-    """What a run did and what it cost so far: rows, tokens, engine-hours, failures."""
-    from dspark_batch.report.command import report_command
-
-    report_command(output_path, html=html, price=price_per_engine_hour)
-
-
 @bench_app.command("throughput")
 def bench_throughput(
-    config: Annotated[Path, typer.Argument(help="YAML: model, speculation, engine, sampling; the rest is ignored.")],
+    config: Annotated[
+        Path, typer.Argument(metavar="CONFIG", help="YAML: model, speculation, engine, sampling; the rest is ignored.")
+    ],
     prompts: Annotated[Path, typer.Option(help="JSON lines with `turns` or `prompt`, or a Parquet file.")],
     overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, such as speculation.drafter=ngram.")
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Overrides, such as speculation.drafter=ngram.")
     ] = None,
     column: Annotated[str, typer.Option(help="Column of a Parquet file.")] = "prompt",
     concurrency: Annotated[str, typer.Option(help="Rows decoded together, comma-separated.")] = "1,8,32,128",
@@ -235,9 +244,9 @@ def bench_simulate(context: typer.Context) -> None:
 
 @app.command()
 def train(
-    config: Annotated[Path, typer.Argument(help="YAML or JSON file of the training.")],
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML or JSON file of the training.")],
     overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, such as optimize.seed=1.")
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Overrides, such as optimize.seed=1.")
     ] = None,
     max_minutes: Annotated[
         float | None, typer.Option("--max-minutes", min=0, help="Stop and save after this time; again to go on.")
@@ -265,7 +274,9 @@ def run_cli(arguments: list[str] | None = None) -> int:
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else ExitCode.OK
     except ConfigError as error:
-        _complain("the config is not valid:", *(f"  {problem}" for problem in error.problems))
+        is_typed = all(problem.source == "command line" for problem in error.problems)
+        what = "command line" if is_typed else "config"
+        _complain(f"the {what} is not valid:", *(f"  {problem}" for problem in error.problems))
         return ExitCode.BAD_CONFIG
     except FingerprintMismatchError as error:
         _complain(str(error))

@@ -41,6 +41,28 @@ def test_the_package_runs_as_the_command() -> None:
     assert (done.returncode, done.stdout.strip()) == (ExitCode.OK, dspark_batch.__version__), done.stderr
 
 
+def test_help_names_commands_in_the_order_of_use_and_arguments_as_the_guide_does(capsys: Capture) -> None:
+    assert run_cli(["--help"]) == ExitCode.OK
+    words = capsys.readouterr().out.split()
+    commands = [word for word in words if word in ("run", "estimate", "report", "train")]
+    assert list(dict.fromkeys(commands)) == ["run", "estimate", "report", "train"]
+    assert run_cli(["estimate", "--help"]) == ExitCode.OK
+    out = capsys.readouterr().out
+    assert "CONFIG" in out
+    assert "[KEY=VALUE]..." in out
+    assert "[[" not in out
+
+
+def test_what_is_wrong_on_the_command_line_is_not_laid_on_the_config(tmp_path: Path, capsys: Capture) -> None:
+    assert run_cli(["report", str(tmp_path)]) == ExitCode.BAD_CONFIG
+    assert capsys.readouterr().err.startswith("dspark-batch: the command line is not valid:\n")
+    assert (
+        run_cli(["run", write_job(tmp_path, reviews(1)).write(), "prompt.template=Say {{ txt }}"])
+        == ExitCode.BAD_CONFIG
+    )
+    assert capsys.readouterr().err.startswith("dspark-batch: the config is not valid:\n")
+
+
 @pytest.mark.parametrize("arguments", [["run"], ["rn"], ["run", "a.yaml", "--preview", "0"], ["run", "x", "--no-such"]])
 def test_wrong_usage_exits_with_2(arguments: list[str], capsys: Capture) -> None:
     assert run_cli(arguments) == ExitCode.BAD_CONFIG
