@@ -40,6 +40,7 @@ ENDINGS = {
     "signal": "stopped by a signal",
     "grace_over": "stopped by a signal, running shards given up",
     "token_budget": "stopped at limits.max_generated_tokens",
+    "time_budget": "stopped at limits.max_run_s",
     "too_many_failed": "stopped, too many rows failed",
 }
 

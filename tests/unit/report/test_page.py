@@ -14,8 +14,9 @@ from dspark_batch.batch.manifest import ManifestEntry
 from dspark_batch.batch.results import ShardStats
 from dspark_batch.cli import run_cli
 from dspark_batch.errors import ConfigError, OutputError
+from dspark_batch.job.drive import Ending
 from dspark_batch.report.charts import TIME_STEPS_S, WIDTH, format_time, position_chart, time_chart
-from dspark_batch.report.page import draw_page, state_of
+from dspark_batch.report.page import ENDINGS, draw_page, state_of
 from dspark_batch.report.records import RunRecords, read_run
 
 Capture = pytest.CaptureFixture[str]
@@ -193,6 +194,10 @@ def test_a_run_in_which_too_many_rows_failed_is_told_from_one_that_goes_on(run: 
     failed = replace(complete, config={"limits": {"max_failed_fraction": 0.001}})
     allowed = "more than limits.max_failed_fraction=0.001 allows"
     assert state_of(failed) == f"not done, too many rows failed ({allowed}); 1 shard committed, none to do"
+
+
+def test_every_way_in_which_a_start_ends_is_put_in_words() -> None:
+    assert set(ENDINGS) == set(Ending)
 
 
 def test_damaged_state_is_named_by_its_file(tmp_path: Path) -> None:
