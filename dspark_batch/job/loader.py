@@ -235,6 +235,8 @@ def _split(error: ErrorDetails) -> list[tuple[str, str]]:
     if error["type"] == "value_error":
         lines = str(error.get("ctx", {}).get("error", error["msg"])).splitlines()
         return [_own_message(line, where) for line in lines]
+    if error["type"] in ("dict_type", "model_type"):
+        return [(where, f"must be a mapping, such as {{key: value}}, got {error['input']!r}")]
     return [(where, f"{_lower_first(error['msg'])}, got {error['input']!r}")]
 
 

@@ -107,6 +107,12 @@ def test_a_section_without_a_constraint_reads_as_before_there_were_any(tmp_path:
     assert bound.to_params().constraint == Constraint("choices", '["a", "b"]')
 
 
+@pytest.mark.parametrize("field", ["sampling", "input.catalog", "prompt.chat_template_arguments"])
+def test_what_is_no_mapping_is_refused_in_words_of_yaml(tmp_path: Path, field: str) -> None:
+    problem = problems_of(write(tmp_path, MINIMAL), f"{field}=[a]")[field]
+    assert problem.message == "must be a mapping, such as {key: value}, got ['a']"
+
+
 def test_an_override_may_hold_an_equals_sign(tmp_path: Path) -> None:
     config = load_config(write(tmp_path, MINIMAL), overrides=["input.filter=stars == 5"])
     assert config.input.filter == "stars == 5"
@@ -247,7 +253,7 @@ def test_small_shards_are_decoded_together_but_shared_out_evenly(
         ("{token_ids: ids, chat_template_arguments: {a: 1}}", "prompt.chat_template_arguments", "leave them"),
         ("{template: x, chat_template_arguments: {a: 2026-01-01}}", "prompt.chat_template_arguments", "JSON"),
         ("{template: x, chat_template_arguments: {a: [.nan]}}", "prompt.chat_template_arguments", "JSON"),
-        ("{template: x, chat_template_arguments: [a]}", "prompt.chat_template_arguments", "dictionary"),
+        ("{template: x, chat_template_arguments: [a]}", "prompt.chat_template_arguments", "must be a mapping"),
         (
             "{template: x, chat_template_arguments: {messages: []}}",
             "prompt.chat_template_arguments",
