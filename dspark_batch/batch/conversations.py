@@ -62,7 +62,7 @@ def _problem(message: Any) -> str | None:
     for name in FIELDS:
         text = message.get(name)
         if text is None:
-            return f"{name} is NULL"
+            return f"{name} is NULL" if name in message else f"{name} is missing"
         if not isinstance(text, str):
             return f"{name} must be text, got {reprlib.repr(text)}"
     if message["role"] not in ROLES:
