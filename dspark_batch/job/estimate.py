@@ -161,7 +161,7 @@ def _table(estimate: Estimate, job: JobConfig, *, price: Interval | None) -> lis
         "generated tokens": _span(estimate.generated_tokens, _whole),
         "generated tokens/s": f"{estimate.tokens_per_s:,.0f} by one engine, {estimate.num_together} samples together",
         "time": f"{_span(estimate.time_s, format_duration)} on {where}",
-        "loading": f"{format_duration(estimate.load_s)} for each engine, not in the time",
+        "loading": f"{format_duration(estimate.load_s)} for each engine, in neither the time nor the engine-hours",
         "engine-hours": _span(estimate.engine_hours, _small),
     }
     if price is not None:

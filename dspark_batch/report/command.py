@@ -50,7 +50,7 @@ def _print(run: RunRecords, *, price: float | None) -> None:
             soft_wrap=True,
         )
     else:
-        console.print("engine-hours: not known, no engine of this run has noted what it did")
+        console.print("engine-hours and price: not known, no engine of this run has noted what it did")
     if totals.accepted_length is not None:
         console.print(f"accepted length: {totals.accepted_length:.2f}")
     shares = [f"{100 * accepted / verified:.0f}" for verified, accepted in acceptance(run.engines) if verified]

@@ -227,7 +227,7 @@ def test_the_command_prints_the_figures_and_writes_the_page(tmp_path: Path, make
     one = replace(entry(0), fingerprint=run.ticket.fingerprint)
     run.write_meta(f"manifest/{one.shard}.json", one.to_json())
     assert run_cli(["report", str(out)]) == 0
-    assert "engine-hours: not known" in capsys.readouterr().out
+    assert "engine-hours and price: not known" in capsys.readouterr().out
     run.write_meta("work/a.json", make_engine(0).to_json())
     page = tmp_path / "page.html"
     assert run_cli(["report", str(out), "--html", str(page), "--price-per-engine-hour", "36"]) == 0
