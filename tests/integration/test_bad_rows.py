@@ -22,7 +22,6 @@ pytestmark = [
 ]
 
 Capture = pytest.CaptureFixture[str]
-BACKENDS = ["local", pytest.param("ray", marks=pytest.mark.ray)]
 
 
 @pytest.fixture
@@ -43,7 +42,7 @@ def errors_of(job: Job) -> dict[str, Any]:
     ("backend", "how", "fault"),
     [
         ("local", "raise", "scripted fault over r5"),
-        pytest.param("ray", "raise", "scripted fault over r5", marks=pytest.mark.ray),
+        pytest.param("ray", "raise", "scripted fault over r5", marks=(pytest.mark.ray, pytest.mark.slow)),
         pytest.param("ray", "exit", "the process ended without a word", marks=pytest.mark.ray),
     ],
 )
@@ -68,7 +67,7 @@ def test_a_row_that_breaks_the_engine_fails_alone_and_can_be_tried_again(
     assert read_output(str(job.out)).equals(read_output(str(clean)))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ["local", pytest.param("ray", marks=(pytest.mark.ray, pytest.mark.slow))])
 def test_an_engine_that_breaks_over_every_row_ends_the_run_with_its_fault(
     job: Job, engine: EngineFolder, backend: str, capsys: Capture, request: pytest.FixtureRequest
 ) -> None:

@@ -114,7 +114,14 @@ def committed_ids(driver: TableDriver) -> set[int]:
     return set(ids)
 
 
-@pytest.mark.parametrize("stage", ["staging", "generation", "landing"])
+@pytest.mark.parametrize(
+    "stage",
+    [
+        pytest.param("staging", marks=pytest.mark.slow),
+        pytest.param("generation", marks=pytest.mark.slow),
+        "landing",
+    ],
+)
 @pytest.mark.parametrize("backend", ["spark", pytest.param("ray", marks=SLOW_RAY)])
 def test_a_driver_killed_in_a_stage_leaves_all_that_the_next_one_needs(
     spark, engine, drivers, stage, backend, request
