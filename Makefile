@@ -18,7 +18,7 @@ quickstart: $(VENV)/.installed-run
 	@$(BIN)/dspark-batch run configs/quickstart.yaml
 
 test: lint
-	$(BIN)/pytest -n 3 --dist loadfile
+	$(BIN)/pytest -n 2 --dist loadfile
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

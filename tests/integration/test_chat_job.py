@@ -30,7 +30,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning:ray"),
 ]
 
-BACKENDS = ["local", pytest.param("ray", marks=pytest.mark.ray)]
+BACKENDS = ["local", pytest.param("ray", marks=(pytest.mark.ray, pytest.mark.slow))]
 CONTEXT = 160
 GOOD: dict[str, list[tuple[str, str]]] = {
     "one": [("user", "Hi?")],

@@ -137,6 +137,7 @@ def run_in_process(job: Job, *overrides: str) -> subprocess.CompletedProcess[str
     return subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment, check=False)
 
 
+@pytest.mark.slow
 def test_actors_that_still_load_when_the_time_is_over_begin_no_shard(job: Job) -> None:
     done = run_in_process(job, "limits.max_run_s=0.001")
     assert done.returncode == ExitCode.FATAL, done.stderr
