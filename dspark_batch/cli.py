@@ -23,6 +23,8 @@ app = typer.Typer(
 bench_app = typer.Typer(help="Measure throughput, acceptance and losslessness.", no_args_is_help=True)
 app.add_typer(bench_app, name="bench")
 
+PricePerEngineHour = Annotated[float | None, typer.Option(min=0, help="Money for an engine-hour; adds the price.")]
+
 
 @app.command()
 def run(
@@ -72,9 +74,7 @@ def estimate(
     rows: Annotated[
         int | None, typer.Option(min=8, help="Rows of the pilot; default: twice what is decoded together, 48 to 512.")
     ] = None,
-    price_per_engine_hour: Annotated[
-        float | None, typer.Option(min=0, help="Money for an engine-hour; adds the price.")
-    ] = None,
+    price_per_engine_hour: PricePerEngineHour = None,
     as_json: Annotated[bool, typer.Option("--json", help="Everything as one JSON object.")] = False,
 ) -> None:
     """Tokens, time and money that the job of CONFIG would take, from a pilot of random rows; writes nothing."""
@@ -98,9 +98,7 @@ def estimate(
 def report(
     output_path: Annotated[str, typer.Argument(metavar="OUTPUT_PATH", help="Folder or URI of a run, done or not.")],
     html: Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Also write the page here.")] = None,
-    price_per_engine_hour: Annotated[
-        float | None, typer.Option("--price-per-engine-hour", min=0, help="Money for an engine-hour; adds the price.")
-    ] = None,
+    price_per_engine_hour: PricePerEngineHour = None,
 ) -> None:
     """What a run did and what it cost so far: rows, tokens, engine-hours, failures."""
     from dspark_batch.report.command import report_command

@@ -80,7 +80,12 @@ def estimate_job(
 
 def default_rows(max_concurrency: int, *, num_samples: int) -> int:
     """Rows of a pilot for an engine that decodes ``max_concurrency`` samples together."""
-    return min(MOST_ROWS, max(FEWEST_ROWS, math.ceil(2 * max_concurrency / num_samples)))
+    return min(MOST_ROWS, max(FEWEST_ROWS, _filling_rows(max_concurrency, num_samples=num_samples)))
+
+
+def _filling_rows(max_concurrency: int, *, num_samples: int) -> int:
+    """Rows whose samples keep a batch full until the last of them decode."""
+    return math.ceil(2 * max_concurrency / num_samples)
 
 
 def _without_carried_columns(job: JobConfig) -> JobConfig:
@@ -179,7 +184,7 @@ def _notes(estimate: Estimate, job: JobConfig, *, max_concurrency: int) -> Itera
     has_more_rows = estimate.num_pilot_rows + NUM_WARM_UP_ROWS < all_rows
     if not estimate.had_queue and estimate.num_together < max_concurrency and has_more_rows:
         num_together = min(max_concurrency, all_rows * job.sampling.n)
-        num_rows = min(math.ceil(2 * max_concurrency / job.sampling.n), all_rows)
+        num_rows = min(_filling_rows(max_concurrency, num_samples=job.sampling.n), all_rows)
         yield (
             f"the job decodes up to {num_together} samples together, the pilot {estimate.num_together}: the job is "
             f"faster than this; --rows {num_rows} fills the batch"
