@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass, field
 from itertools import count, islice
-from typing import Literal
 
 from dspark_batch.core import ErrorCode, Request, RowError
 from dspark_batch.drafters.base import DraftRow
@@ -15,8 +14,6 @@ from dspark_batch.engine.text import Codec, StopStrings
 from dspark_batch.sampling.constraints import Constraints
 from dspark_batch.sampling.noise import noise_key
 from dspark_batch.tensors import Target
-
-QueueOrder = Literal["fifo", "long_first"]
 
 _NUM_COMPARED = 8
 """Waiting requests that a prompt is compared with to find what they share."""
@@ -63,8 +60,8 @@ def check_prompt(request: Request, token_ids: list[int], target: Target, *, max_
 
 
 class Admission:
-    """The queue, and the making of rows. First come, first served, or the longest first; nobody is overtaken for
-    want of memory, so every request runs in the end.
+    """The queue, and the making of rows. First come, first served; nobody is overtaken for want of memory, so every
+    request runs in the end.
 
     A row reserves prompt and output in full. Drafts need no room of their own: a row never verifies more tokens than
     it may still emit.
@@ -79,7 +76,6 @@ class Admission:
         constraints: Constraints,
         prefixes: PrefixPool | None,
         max_context: int,
-        order: QueueOrder = "fifo",
     ) -> None:
         self._target = target
         self._codec = codec
@@ -87,7 +83,6 @@ class Admission:
         self._constraints = constraints
         self._prefixes = prefixes
         self._max_context = max_context
-        self._order = order
         self._queue: deque[QueuedRequest] = deque()
         self._handles = count()
         self.num_queued = 0
@@ -98,11 +93,7 @@ class Admission:
         queued = QueuedRequest(ticket, request, token_ids, max_new_tokens, len(token_ids) + max_new_tokens)
         queued.samples.extend(range(request.sampling.n))
         self.num_queued += request.sampling.n
-        if self._order == "long_first":
-            at = next((i for i, q in enumerate(self._queue) if q.num_tokens < queued.num_tokens), len(self._queue))
-            self._queue.insert(at, queued)
-        else:
-            self._queue.append(queued)
+        self._queue.append(queued)
 
     def admit(self, *, num_places: int) -> list[RowState]:
         """Rows that enter now, at most ``num_places``; each holds its KV slot."""

@@ -9,7 +9,7 @@ from typing import Protocol, Self
 
 from dspark_batch.core import ErrorCode, Request, Result, RowError
 from dspark_batch.drafters.base import Drafter
-from dspark_batch.engine.admission import Admission, QueueOrder, check_prompt
+from dspark_batch.engine.admission import Admission, check_prompt
 from dspark_batch.engine.config import EngineConfig
 from dspark_batch.engine.drafter_factory import make_drafter, make_verifier
 from dspark_batch.engine.policy_factory import make_policy
@@ -60,7 +60,6 @@ class BatchEngine:
         *,
         drafter: Drafter | None = None,
         policy: LengthPolicy | None = None,
-        order: QueueOrder = "fifo",
     ) -> None:
         target = loaded.target
         self._target = target
@@ -84,7 +83,6 @@ class BatchEngine:
             constraints=self._constraints,
             prefixes=self._prefixes,
             max_context=self._max_context,
-            order=order,
         )
         self._runner = StepRunner(
             target,

@@ -164,17 +164,6 @@ def test_a_request_larger_than_the_kv_memory_fails_and_says_what_to_change() -> 
     assert result.error.retryable
 
 
-def test_long_rows_enter_first_when_asked_for() -> None:
-    requests = [good(name, length) for name, length in (("short", 2), ("long", 9), ("middle", 5))]
-    engine = BatchEngine(ScriptedModel(), EngineConfig(max_concurrency=1), order="long_first")
-    for request in requests:
-        engine.add(request)
-    finished = []
-    while engine.num_unfinished:
-        finished.extend(result.id for _, result in engine.step())
-    assert finished == ["long", "middle", "short"]
-
-
 def test_generate_keeps_the_order_and_reads_its_input_lazily() -> None:
     read = 0
 
