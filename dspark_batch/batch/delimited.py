@@ -31,9 +31,10 @@ def csv_columns(header: bytes, *, delimiter: str, file: str) -> list[str]:
 
 
 def cut_records(
-    stream: IO[bytes] | pa.NativeFile, *, max_rows: int, delimiter: str
+    stream: IO[bytes] | pa.NativeFile, *, max_rows: int, limit: int, delimiter: str
 ) -> Iterator[tuple[bytes, LineRange]]:
-    """(header, range of records) for ranges of at most ``max_rows`` records. Blank lines are no records.
+    """(header, range of records) for ranges of at most ``max_rows`` of the first ``limit`` records. Blank lines are no
+    records.
 
     A header without records comes with an empty range.
     """
@@ -46,10 +47,12 @@ def cut_records(
             continue
         taken.append(record)
         num_rows += bool(record.strip(b"\r\n"))
-        if num_rows == max_rows:
+        if num_rows == min(max_rows, limit - row_start):
             part = _range(taken, row_start=row_start, num_rows=num_rows, byte_start=byte_start)
             yield header.removeprefix(BOM), part
             row_start, byte_start, taken, num_rows = row_start + num_rows, part.byte_stop, [], 0
+            if row_start == limit:
+                return
     if header is not None and (num_rows or row_start == 0):
         yield header.removeprefix(BOM), _range(taken, row_start=row_start, num_rows=num_rows, byte_start=byte_start)
 

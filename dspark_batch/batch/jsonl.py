@@ -31,15 +31,18 @@ class LineRange:
     data: bytes
 
 
-def cut_lines(stream: IO[bytes] | pa.NativeFile, *, max_rows: int) -> Iterator[LineRange]:
-    """Cut a stream into ranges of at most ``max_rows`` non-blank lines. Holds one range and one chunk in memory."""
+def cut_lines(stream: IO[bytes] | pa.NativeFile, *, max_rows: int, limit: int) -> Iterator[LineRange]:
+    """Cut the first ``limit`` non-blank lines of a stream into ranges of at most ``max_rows``.
+
+    Holds one range and one chunk in memory.
+    """
     row_start, byte_start = 0, 0
     lines: list[bytes] = []
     num_rows = 0
     for line in read_lines(stream):
         lines.append(line)
         num_rows += bool(line.strip())
-        if num_rows == max_rows:
+        if num_rows == min(max_rows, limit - row_start):
             data = b"".join(lines)
             yield LineRange(
                 row_start=row_start,
@@ -49,6 +52,8 @@ def cut_lines(stream: IO[bytes] | pa.NativeFile, *, max_rows: int) -> Iterator[L
                 data=data,
             )
             row_start, byte_start, lines, num_rows = row_start + num_rows, byte_start + len(data), [], 0
+            if row_start == limit:
+                return
     if num_rows:
         data = b"".join(lines)
         yield LineRange(

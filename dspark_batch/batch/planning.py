@@ -123,9 +123,12 @@ def mark_finished(run: RunStore, plan: Plan) -> None:
 
 
 def plan_input(config: JobConfig) -> Plan:
-    """The whole input, cut into shards. Raises InputError where it cannot be read."""
+    """The whole input, or its first rows, cut into shards. Raises InputError where it cannot be read."""
     found = find_input_files(config.input)
-    return cut_files(found, max_rows=config.shards.rows, delimiter=config.input.delimiter, filter=config.input.filter)
+    section = config.input
+    return cut_files(
+        found, max_rows=config.shards.rows, delimiter=section.delimiter, filter=section.filter, limit=section.limit
+    )
 
 
 def _first_plan(config: JobConfig, *, run: RunStore, fields_of: FieldsOf) -> ResolvedPlan:

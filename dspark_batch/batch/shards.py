@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow as pa
 from pyarrow import fs
 
-from dspark_batch.batch.cursors import RowGroup
+from dspark_batch.batch.cursors import END, RowGroup
 from dspark_batch.batch.cut import CutFile, Piece, cut_file, unify
 from dspark_batch.batch.hive import Constants, constant_fields
 from dspark_batch.batch.pruning import Pruner
@@ -144,7 +144,7 @@ def make_plan(
         check_unchanged(plan, find_input_files(section, filesystem=filesystem, version=plan.version).files)
         return plan
     found = find_input_files(section, filesystem=filesystem)
-    return cut_files(found, max_rows=max_rows, delimiter=section.delimiter, filter=section.filter)
+    return cut_files(found, max_rows=max_rows, delimiter=section.delimiter, filter=section.filter, limit=section.limit)
 
 
 def cut_files(
@@ -155,18 +155,23 @@ def cut_files(
     first_index: int = 0,
     schema: pa.Schema | None = None,
     filter: str | None = None,
+    limit: int | None = None,
 ) -> Plan:
-    """The plan over these files, in their order, with shard numbers from ``first_index``.
+    """The plan over the first ``limit`` rows of these files, in their order, with shard numbers from ``first_index``.
 
     ``schema`` is that of an earlier plan into the same output, which the files must fit. Shards of which ``filter``
     drops every row, as folder names or the statistics in Parquet footers tell, are left out; one always stays, so that
-    there is an output. Raises InputError.
+    there is an output. Files after the last row are not read. Raises InputError.
     """
+    left = END if limit is None else limit
     whole = found.schema if found.schema is not None else schema
     shards: list[Shard] = []
     columns: dict[str, list[str]] = {}
     for file in found.files:
-        cut = cut_file(found.filesystem, file, format=found.format, max_rows=max_rows, delimiter=delimiter)
+        if not left:
+            break
+        cut = cut_file(found.filesystem, file, format=found.format, max_rows=max_rows, delimiter=delimiter, limit=left)
+        left -= cut.num_rows
         columns[file.path] = cut.schema.names
         if len(set(cut.schema.names)) != len(cut.schema.names):
             raise InputError(f"{file.path}: a column name occurs more than once: {', '.join(cut.schema.names)}")

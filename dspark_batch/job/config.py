@@ -94,6 +94,7 @@ class InputSection(Section):
     id: str | None = Field(default=None, description="column that identifies a row; null: file and row index")
     columns: list[str] | None = Field(default=None, description="columns to carry over; null: all")
     filter: str | None = Field(default=None, description="which rows to take: comparisons in Python syntax")
+    limit: int | None = Field(default=None, ge=1, description="only the first rows, so many, before the filter")
     version: int | None = Field(default=None, description="Delta version or Iceberg snapshot; null: the newest")
     catalog: dict[str, str] | None = Field(default=None, description="properties of the Iceberg catalog; null: its own")
     delimiter: str = Field(default=",", min_length=1, max_length=1, description="between CSV fields; a tab in .tsv")
@@ -105,11 +106,19 @@ class InputSection(Section):
     def _fits_together(self) -> InputSection:
         if self.incremental == "rows" and self.id is None:
             raise ValueError("input.incremental rows needs input.id, the column that says which rows are new")
+        if self.incremental is not None and self.limit is not None:
+            raise ValueError("input.limit cannot be set with input.incremental, which takes all rows that are new")
         if self.version is not None and self.format not in ("delta", "iceberg"):
             raise ValueError("input.version needs input.format delta or iceberg")
         if self.format in ("delta", "iceberg", "huggingface") and not isinstance(self.path, str):
             raise ValueError(f"input.path must be one table for input.format {self.format}")
         return self
+
+    @model_serializer(mode="wrap")
+    def _without_unset_limit(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """A section without a limit reads as it did before there was one: runs and trainings that exist can go on."""
+        values: dict[str, Any] = dump(self)
+        return {name: value for name, value in values.items() if name != "limit" or value is not None}
 
 
 class PromptSection(Section):

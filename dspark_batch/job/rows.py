@@ -11,6 +11,7 @@ from dspark_batch.job.loader import config_from_values, read_values, source_of
 
 _INSTEAD = {
     "filter": "filter the rows before",
+    "limit": "give so many rows",
     "incremental": "give the new rows only",
     "version": "read that version yourself",
 }

@@ -31,6 +31,7 @@ SHOWN_SETTINGS = (
     "engine.backend",
     "input.path",
     "input.filter",
+    "input.limit",
     "output.column",
     "output.format",
 )

@@ -32,6 +32,7 @@ def test_what_does_not_decide_the_output_is_not_covered_in_coupled_mode(make_con
         {"input": {"id": "key"}},
         {"input": {"filter": "n > 1"}},
         {"input": {"columns": ["text"]}},
+        {"input": {"limit": 3}},
         {"prompt": {"template": "other {{ text }}"}},
         {"prompt": {"template": "Summarise: {{ text }}", "system": "s"}},
         {"prompt": {"template": "Summarise: {{ text }}", "chat_template_arguments": {"enable_thinking": False}}},
@@ -69,8 +70,9 @@ def test_in_the_other_modes_the_speculation_is_covered(make_config, mode):
     assert fingerprint_fields(one, weights_fingerprint="w")["speculation.drafter"] == "ngram"
 
 
-def test_a_run_without_conversations_and_arguments_keeps_the_fingerprint_that_it_had_before_there_were_any(make_config):
+def test_a_run_without_newer_settings_keeps_the_fingerprint_that_it_had_before_there_were_any(make_config):
     fields = fingerprint_fields(make_config(), weights_fingerprint="w")
+    assert "input.limit" not in fields
     prompt = {name for name in fields if name.startswith("prompt.")}
     assert prompt == {"prompt.system", "prompt.template", "prompt.token_ids", "prompt.nulls", "prompt.chat"}
     arguments = {"b": 1, "a": [True]}

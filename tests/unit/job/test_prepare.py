@@ -46,6 +46,16 @@ def test_a_finished_run_has_nothing_left_unless_it_is_overwritten(job: Job) -> N
     assert len(remaining(prepare(job.write(), overrides=["output.mode=overwrite"])).shards) == 4
 
 
+def test_a_run_over_the_first_rows_is_a_run_of_its_own_that_resumes(job: Job) -> None:
+    job.config["input"]["limit"] = 10
+    run = prepare(job.write())
+    assert "10 rows in 1 file, 2 shards" in describe(run, remaining(run)).text
+    assert run_job(job.write()).is_success
+    assert remaining(prepare(job.write())).totals.num_rows == 10
+    with pytest.raises(FingerprintMismatchError, match=r"input\.limit: 10 there, 20 here"):
+        prepare(job.write(), overrides=["input.limit=20"])
+
+
 def test_retry_failed_goes_on_with_a_run_that_was_configured_to_overwrite(job: Job) -> None:
     run_job(job.write())
     run = prepare(job.write(), overrides=["output.mode=overwrite"], retry_failed=True)

@@ -68,6 +68,8 @@ def test_what_only_files_have_is_refused_rather_than_ignored(of: Callable[[dict[
         Generate(of({**CONFIG, "input": source, "output": {"path": "o"}}), engine_factory=SCRIPTED)
     assert [problem.field for problem in error.value.problems] == ["input.filter", "input.incremental"]
     assert "filter the rows before" in str(error.value)
+    with pytest.raises(ConfigError, match=r"input\.limit: .* give so many rows"):
+        Generate(of({**CONFIG, "input": {"path": "p", "limit": 3}, "output": {"path": "o"}}), engine_factory=SCRIPTED)
 
 
 def test_a_config_file_will_do(tmp_path: Path) -> None:
