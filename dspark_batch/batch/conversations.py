@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import reprlib
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import pyarrow as pa
 
@@ -13,8 +15,24 @@ from dspark_batch.batch.templates import MAX_PROMPT_CHARS, is_unicode
 from dspark_batch.core import ErrorCode, Message, RowError
 from dspark_batch.errors import Problem
 
-FIELDS = ("role", "content")
-ROLES = ("system", "user", "assistant")
+Role = Literal["system", "user", "assistant"]
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """What a table calls the parts of a message, and the roles."""
+
+    role: str
+    content: str
+    roles: Mapping[str, Role]
+
+    @property
+    def fields(self) -> tuple[str, str]:
+        return self.role, self.content
+
+
+OPENAI = Layout("role", "content", {"system": "system", "user": "user", "assistant": "assistant"})
+SHAREGPT = Layout("from", "value", {**OPENAI.roles, "human": "user", "gpt": "assistant", "chatgpt": "assistant"})
 
 
 def check_messages(name: str, *, schema: pa.Schema) -> list[Problem]:
@@ -26,8 +44,8 @@ def check_messages(name: str, *, schema: pa.Schema) -> list[Problem]:
     if _is_text(kind) or (is_list(kind) and _is_message(kind.value_type)):
         return []
     message = (
-        f"column {name!r} has type {kind}; it must be a list of structs with the texts role and content, or the same "
-        "as JSON text"
+        f"column {name!r} has type {kind}; it must be a list of structs with the texts role and content, or from and "
+        "value, or the same as JSON text"
     )
     return [Problem("prompt.messages", message)]
 
@@ -35,7 +53,7 @@ def check_messages(name: str, *, schema: pa.Schema) -> list[Problem]:
 def messages_of(value: object, *, column: str) -> tuple[Message, ...] | RowError:
     """The messages of one row, whose value is not NULL, or why it has none.
 
-    Fields other than role and content are ignored.
+    Fields other than those of its layout are ignored.
     """
     if isinstance(value, str):
         try:
@@ -50,7 +68,7 @@ def messages_of(value: object, *, column: str) -> tuple[Message, ...] | RowError
         problem = _problem(message)
         if problem is not None:
             return _invalid(f"column {column}, message {place} (counted from 0): {problem}")
-    messages = tuple([Message(message["role"], message["content"]) for message in value])
+    messages = tuple([_message(message) for message in value])
     return _text_problem(messages, column=column) or messages
 
 
@@ -58,16 +76,29 @@ def _problem(message: Any) -> str | None:
     if message is None:
         return "is NULL"
     if not isinstance(message, dict):
-        return f"must have {' and '.join(FIELDS)}, got {reprlib.repr(message)}"
-    for name in FIELDS:
+        return f"must have {' and '.join(OPENAI.fields)}, got {reprlib.repr(message)}"
+    layout = _layout(message)
+    for name in layout.fields:
         text = message.get(name)
         if text is None:
             return f"{name} is NULL" if name in message else f"{name} is missing"
         if not isinstance(text, str):
             return f"{name} must be text, got {reprlib.repr(text)}"
-    if message["role"] not in ROLES:
-        return f"role must be one of {', '.join(ROLES)}, got {reprlib.repr(message['role'])}"
+    role = message[layout.role]
+    if role not in layout.roles:
+        return f"{layout.role} must be one of {', '.join(layout.roles)}, got {reprlib.repr(role)}"
     return None
+
+
+def _message(message: Mapping[str, str]) -> Message:
+    layout = _layout(message)
+    return Message(layout.roles[message[layout.role]], message[layout.content])
+
+
+def _layout(message: Mapping[str, Any]) -> Layout:
+    """That of the message's fields; those of the other are missing, or NULL where a column has both kinds."""
+    is_openai = any(message.get(name) is not None for name in OPENAI.fields)
+    return SHAREGPT if SHAREGPT.role in message and not is_openai else OPENAI
 
 
 def _text_problem(messages: tuple[Message, ...], *, column: str) -> RowError | None:
@@ -93,8 +124,9 @@ def _is_message(kind: pa.DataType) -> bool:
     """Also NULL, which is all that a file with empty conversations alone holds."""
     if pa.types.is_null(kind):
         return True
-    return isinstance(kind, pa.StructType) and all(
-        kind.get_field_index(name) >= 0 and _is_text(kind.field(name).type) for name in FIELDS
+    return isinstance(kind, pa.StructType) and any(
+        all(kind.get_field_index(name) >= 0 and _is_text(kind.field(name).type) for name in layout.fields)
+        for layout in (OPENAI, SHAREGPT)
     )
 
 

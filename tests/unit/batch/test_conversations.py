@@ -149,13 +149,54 @@ def test_a_text_column_holds_conversations_as_json():
         assert message in failed.message
 
 
+SHAREGPT = [
+    {"from": "system", "value": "Rhyme."},
+    {"from": "human", "value": "why"},
+    {"from": "gpt", "value": "so"},
+    {"from": "user", "value": "and then"},
+]
+
+
+def test_conversations_of_sharegpt_are_taken_too_as_structs_and_as_json():
+    expected = [("system", "Rhyme."), ("user", "why"), ("assistant", "so"), ("user", "and then")]
+    table = pa.table({"talk": [SHAREGPT], "text": [json.dumps(SHAREGPT)]})
+    for column in ("talk", "text"):
+        made = renderer(schema=table.schema, messages=column)
+        assert turns(next(made.render_table(table, ids=("1",)))) == expected
+
+
+def test_a_column_may_hold_messages_of_both_kinds():
+    table = pa.table({"talk": [[*SHAREGPT[1:3], USER]]})
+    (outcome,) = renderer(schema=table.schema).render_table(table, ids=("1",))
+    assert turns(outcome) == [("user", "why"), ("assistant", "so"), ("user", "why")]
+
+
+@pytest.mark.parametrize(
+    ("message", "problem"),
+    [
+        (
+            {"from": "tool", "value": "x"},
+            "from must be one of system, user, assistant, human, gpt, chatgpt, got 'tool'",
+        ),
+        ({"from": "human"}, "value is missing"),
+        ({"from": None, "value": "x"}, "from is NULL"),
+        ({"from": "human", "value": 3}, "value must be text, got 3"),
+        ({"from": "human", "value": "x", "role": "human", "content": "x"}, "role must be one of"),
+    ],
+)
+def test_a_wrong_message_of_sharegpt_fails_its_row(message, problem):
+    failed = error(rendered([SHAREGPT[1], message]))
+    assert failed.code is ErrorCode.INVALID_MESSAGES
+    assert f"message 1 (counted from 0): {problem}" in failed.message
+
+
 @pytest.mark.parametrize(
     "kind",
     [
         pa.int64(),
         pa.list_(pa.string()),
         pa.struct([("role", pa.list_(pa.string())), ("content", pa.list_(pa.string()))]),
-        pa.list_(pa.struct([("from", pa.string()), ("value", pa.string())])),
+        pa.list_(pa.struct([("from", pa.string()), ("content", pa.string())])),
         pa.list_(pa.struct([("role", pa.string()), ("content", pa.list_(pa.string()))])),
     ],
     ids=str,
