@@ -55,7 +55,11 @@ def prompt_tokens(request: Request, codec: Codec | None) -> list[int] | RowError
     try:
         return codec.encode_chat(request.messages, arguments=request.chat_template_arguments)
     except Exception as error:  # A template is a program of the checkpoint's author and can raise anything.
-        return RowError(code=ErrorCode.TEMPLATE_ERROR, message=f"the chat template failed on {request.id!r}: {error}")
+        message = f"the chat template failed on {request.id!r}: {error}"
+        if request.chat_template_arguments:
+            names = ", ".join(request.chat_template_arguments)
+            message += f"; prompt.chat_template_arguments are set ({names}) and may be the cause"
+        return RowError(code=ErrorCode.TEMPLATE_ERROR, message=message)
 
 
 class StopStrings:

@@ -94,6 +94,17 @@ def test_a_requests_arguments_reach_the_chat_template() -> None:
         Request(id="a", prompt="hi.", chat_template_arguments={"mode": "x"})
 
 
+def test_a_chat_template_that_fails_under_arguments_names_them() -> None:
+    messages = (Message("user", "hi."),)
+    with engine_of(ScriptedModel(codec=FailingTemplateCodec())) as engine:
+        plain = engine.show_prompt(Request(id="a", messages=messages))
+        asked = engine.show_prompt(Request(id="a", messages=messages, chat_template_arguments={"tools": 3, "b": 1}))
+    assert isinstance(plain, RowError)
+    assert isinstance(asked, RowError)
+    assert plain.message == "the chat template failed on 'a': roles must alternate"
+    assert asked.message == f"{plain.message}; prompt.chat_template_arguments are set (tools, b) and may be the cause"
+
+
 def test_conversations_that_begin_alike_share_their_prefix() -> None:
     turns = (Message("user", "a long question " * 3), Message("assistant", "an answer"))
     requests = [
