@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dspark_batch.errors import OutputError
+from dspark_batch.errors import ConfigError, OutputError, Problem
 from dspark_batch.provenance import atomic_write_text
 from dspark_batch.report.figures import Cost, acceptance, run_totals
 from dspark_batch.report.page import cost_rows, draw_page, number, speed, state_of
@@ -14,8 +14,11 @@ from dspark_batch.report.records import RunRecords, read_run
 def report_command(output_path: str, *, html: Path | None, price: float | None) -> None:
     """Print the figures of the run in ``output_path``; write its page to ``html``.
 
-    Raises ConfigError where the folder holds no run, OutputError where it cannot be read or the page not be written.
+    Raises ConfigError where the folder holds no run, or ``html`` is a folder or below a file; OutputError where the run
+    cannot be read or the page not be written.
     """
+    if html is not None:
+        _check_page(html)
     run = read_run(output_path)
     _print(run, price=price)
     if html is None:
@@ -23,8 +26,19 @@ def report_command(output_path: str, *, html: Path | None, price: float | None) 
     try:
         atomic_write_text(html, draw_page(run, price=price))
     except OSError as error:
-        raise OutputError(f"--html: {html} cannot be written: {error}") from error
+        raise OutputError(f"--html: {html} cannot be written: {error.strerror or error}") from error
     print(f"page: {html}")
+
+
+def _check_page(html: Path) -> None:
+    """Raise ConfigError where no file can be at this path."""
+    if html.is_dir():
+        message = f"{str(html)!r} is a folder; name a file, such as {str(html / 'report.html')!r}"
+    elif (above := next(folder for folder in html.absolute().parents if folder.exists())).is_dir():
+        return
+    else:
+        message = f"{str(html)!r} cannot be made, as {str(above)!r} is a file; choose another path"
+    raise ConfigError([Problem("--html", message, "command line")])
 
 
 def _print(run: RunRecords, *, price: float | None) -> None:

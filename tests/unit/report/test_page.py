@@ -241,5 +241,13 @@ def test_the_command_prints_the_figures_and_writes_the_page(tmp_path: Path, make
     assert "<svg" in page.read_text()
     blocked = tmp_path / "file"
     blocked.write_text("")
-    assert run_cli(["report", str(out), "--html", str(blocked / "x.html")]) == 1
-    assert "--html" in capsys.readouterr().err
+    for path, problem in (
+        (blocked / "a" / "x.html", f"'{blocked}' is a file; choose another path"),
+        (tmp_path, f"'{tmp_path}' is a folder; name a file, such as '{tmp_path}/report.html'"),
+    ):
+        assert run_cli(["report", str(out), "--html", str(path)]) == 2
+        out_text, err = capsys.readouterr()
+        assert (out_text, "Errno" in err) == ("", False)
+        assert f"--html: '{path}'" in err
+        assert problem in err
+    assert run_cli(["report", str(out), "--html", str(tmp_path / "new" / "x.html")]) == 0
