@@ -177,10 +177,14 @@ def _table(estimate: Estimate, job: JobConfig, *, price: Interval | None) -> lis
 
 def _notes(estimate: Estimate, job: JobConfig, *, max_concurrency: int) -> Iterator[str]:
     """What the figures do not know."""
-    yield (
-        "in brackets: 90 % intervals. They know that other rows could have been drawn, and not what else a machine does"
-    )
     all_rows = round(estimate.rows.value)
+    if estimate.num_pilot_rows < all_rows:
+        yield (
+            "in brackets: 90 % intervals. They know that other rows could have been drawn, and not what else a machine "
+            "does"
+        )
+    else:
+        yield "the pilot had all rows, so there are no intervals; what else a machine does is not known"
     has_more_rows = estimate.num_pilot_rows + NUM_WARM_UP_ROWS < all_rows
     if not estimate.had_queue and estimate.num_together < max_concurrency and has_more_rows:
         num_together = min(max_concurrency, all_rows * job.sampling.n)

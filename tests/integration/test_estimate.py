@@ -18,7 +18,7 @@ from dspark_batch.job.outcome import ExitCode
 from dspark_batch.testing.counting_engine import FACTORY as COUNTING
 from dspark_batch.testing.counting_engine import EngineFolder
 from dspark_batch.testing.engine_factories import FAILURES_VARIABLE
-from dspark_batch.testing.jobs import Job, write_job
+from dspark_batch.testing.jobs import Job, reviews, write_job
 from dspark_batch.testing.tiny import save_tiny_checkpoint
 
 Capture = pytest.CaptureFixture[str]
@@ -40,6 +40,7 @@ def test_the_figures_of_a_job_are_shown_and_nothing_is_written(job: Job, capsys:
     assert "prompt tokens per row     3.0\n" in out
     assert "on 2 engines, each on a machine like this one" in out
     assert "\nprice " in out
+    assert "\nin brackets: 90 % intervals" in out
     assert not job.out.exists()
 
 
@@ -99,6 +100,16 @@ def test_a_table_smaller_than_the_batch_is_not_asked_for_more_rows_than_it_has(
     assert "decodes up to 47 samples together, the pilot 10" in notes
     assert "--rows 47 fills the batch" in notes
     assert len(estimated(capsys, job.write())["notes"]) == 1
+
+
+def test_a_pilot_of_all_rows_has_no_intervals_and_speaks_of_none(
+    make_job: Callable[[pa.Table], Job], capsys: Capture
+) -> None:
+    assert run_cli(["estimate", make_job(reviews(3)).write()]) == ExitCode.OK
+    out = capsys.readouterr().out
+    assert "brackets" not in out
+    assert "(" not in out
+    assert out.endswith("the pilot had all rows, so there are no intervals; what else a machine does is not known\n")
 
 
 def test_the_price_of_a_small_job_is_not_zero(job: Job, capsys: Capture) -> None:
