@@ -131,10 +131,10 @@ def _work(
             say_nothing_began(report, stop)
             return Finished(run=run, ending=Ending.SIGNAL, done=done, whole=whole, elapsed_s=0.0)
         stop.take_signals()
-        start_s = time.monotonic()
+        begin_s, start_s = time.time(), time.monotonic()
         ending = drive(backend, left.shards, done=done, whole=whole, bounds=bounds, report=report, stop=stop)
         elapsed_s = time.monotonic() - start_s
-    return Finished(run=run, ending=ending, done=done, whole=whole, elapsed_s=elapsed_s)
+    return Finished(run=run, ending=ending, done=done, whole=whole, elapsed_s=elapsed_s, begin_s=begin_s)
 
 
 @contextmanager
@@ -208,4 +208,5 @@ def _finish(finished: Finished) -> Outcome:
     append_metrics(finished, device=device_facts())
     if exit_code(run, finished.whole, ending=finished.ending).is_success:
         finish_run(run.store, plan=run.plan, config=run.config)
-    return ending_outcome(finished, about_cost=write_report(run))
+    about_cost, loaded_s = write_report(run)
+    return ending_outcome(finished, about_cost=about_cost, loaded_s=loaded_s)

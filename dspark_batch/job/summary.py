@@ -28,21 +28,26 @@ _UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finished:
-    """A run whose driving ended: totals of this process (``done``) and of all committed shards (``whole``)."""
+    """A run whose driving ended: totals of this process (``done``) and of all committed shards (``whole``).
+
+    ``begin_s``: when it began, as UNIX time.
+    """
 
     run: PreparedRun
     ending: Ending
     done: Totals
     whole: Totals
     elapsed_s: float
+    begin_s: float = 0.0
 
 
-def ending_outcome(finished: Finished, *, about_cost: Sequence[str] = ()) -> Outcome:
-    """The exit code and summary for an ending. ``about_cost``: lines of it that ``write_report`` gave."""
+def ending_outcome(finished: Finished, *, about_cost: Sequence[str] = (), loaded_s: float | None = None) -> Outcome:
+    """The exit code and summary for an ending. ``about_cost`` and ``loaded_s`` are what ``write_report`` gave."""
     run, whole = finished.run, finished.whole
     code = exit_code(run, whole, ending=finished.ending)
     about_rows = [*_failures(run, whole), *_cut_texts(run, whole)]
-    lines = [_headline(finished), *_work_done(finished), *about_rows, f"output: {run.config.output.path}", *about_cost]
+    lines = [_headline(finished), *work_done(finished, loaded_s), *about_rows]
+    lines += [f"output: {run.config.output.path}", *about_cost]
     if finished.done.num_shards:
         lines += _sample_rows(run)
     return Outcome(code=code, text="\n".join(lines))
@@ -115,6 +120,34 @@ def shown_columns(config: JobConfig, plan: Plan) -> list[str]:
     return [*shown, config.output.column, *map(config.output.name_of, added)]
 
 
+def work_done(finished: Finished, loaded_s: float | None) -> list[str]:
+    """What this process did, and how fast, from the moment when its first engine was loaded, where that is known."""
+    done, elapsed_s = finished.done, finished.elapsed_s
+    if not done.num_shards:
+        return []
+    load_s = 0.0 if loaded_s is None else loaded_s - finished.begin_s
+    # Other machines' clocks may be wrong, and engines that serve several runs have loaded long before.
+    load_s = load_s if 1 <= load_s < elapsed_s else 0.0
+    speed = done.num_generated_tokens / (elapsed_s - load_s) if elapsed_s > 0 else 0.0
+    line = (
+        f"this run: {rows_in_shards(done.num_rows, done.num_shards)}, "
+        f"{counted(done.num_generated_tokens, 'token')} in {format_duration(elapsed_s)}"
+    )
+    line += f", {format_duration(load_s)} of them until an engine was loaded" if load_s else ""
+    line += f" ({speed:,.0f} tokens/s{' from then on' if load_s else ''})"
+    if done.accepted_length is not None:
+        line += f", accepted length {done.accepted_length:.2f}"
+    if not done.num_drafted_tokens:
+        return [line]
+    speculation = finished.run.config.speculation
+    held = 100 * done.num_accepted_tokens / done.num_drafted_tokens
+    num_drafted = counted(done.num_drafted_tokens, "token")
+    drafted = f"drafter {speculation.drafter}: {num_drafted} drafted, {held:.0f} % of them accepted"
+    if speculation.schedule == "auto":
+        drafted += "; where drafting does not pay, rounds go without"
+    return [line, drafted]
+
+
 def _headline(finished: Finished) -> str:
     whole, run = finished.whole, finished.run
     progress = f"{whole.num_rows} of {planned_rows(run.plan.num_rows, run.config)} are committed"
@@ -140,29 +173,6 @@ def _headline(finished: Finished) -> str:
         case Ending.TOO_MANY_FAILED:
             limit_fraction = run.config.limits.max_failed_fraction
             return f"stopped, more rows failed than limits.max_failed_fraction={limit_fraction} allows: {progress}"
-
-
-def _work_done(finished: Finished) -> list[str]:
-    done = finished.done
-    if not done.num_shards:
-        return []
-    speed = done.num_generated_tokens / finished.elapsed_s if finished.elapsed_s > 0 else 0.0
-    line = (
-        f"this run: {rows_in_shards(done.num_rows, done.num_shards)}, "
-        f"{counted(done.num_generated_tokens, 'token')} in {format_duration(finished.elapsed_s)} "
-        f"({speed:,.0f} tokens/s)"
-    )
-    if done.accepted_length is not None:
-        line += f", accepted length {done.accepted_length:.2f}"
-    if not done.num_drafted_tokens:
-        return [line]
-    speculation = finished.run.config.speculation
-    held = 100 * done.num_accepted_tokens / done.num_drafted_tokens
-    num_drafted = counted(done.num_drafted_tokens, "token")
-    drafted = f"drafter {speculation.drafter}: {num_drafted} drafted, {held:.0f} % of them accepted"
-    if speculation.schedule == "auto":
-        drafted += "; where drafting does not pay, rounds go without"
-    return [line, drafted]
 
 
 def _failures(run: PreparedRun, whole: Totals) -> list[str]:
