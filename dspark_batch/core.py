@@ -76,6 +76,9 @@ class SamplingParams:
     (target logits, ``seed``, request id, sample index, position) and of nothing else. A text under a constraint ends as
     soon as it is complete and nothing may follow.
 
+    ``score_choices``: nothing is drawn; the text is the most probable of the constraint's choices, and
+    ``Result.choice_scores`` says how probable each is.
+
     Raises:
         ValueError: a value is out of range; the message names the field and the value.
     """
@@ -93,6 +96,7 @@ class SamplingParams:
     ignore_eos: bool = False
     logprobs: int | None = None
     constraint: Constraint | None = None
+    score_choices: bool = False
 
     def __post_init__(self) -> None:
         checks: tuple[tuple[str, bool, str], ...] = (
@@ -120,10 +124,22 @@ class SamplingParams:
                 f"must lie in [0, {MAX_LOGPROBS}], or None",
             ),
             ("ignore_eos", not (self.ignore_eos and self.constraint), "must be false where the text is constrained"),
+            *(self._checks_of_scores() if self.score_choices else ()),
         )
         for name, ok, rule in checks:
             if not ok:
                 raise ValueError(f"sampling.{name} {rule}, got {getattr(self, name)!r}")
+
+    def _checks_of_scores(self) -> tuple[tuple[str, bool, str], ...]:
+        why = "where choices are scored and nothing is drawn"
+        return (
+            ("constraint", self.constraint is not None and self.constraint.kind == "choices", f"must be choices {why}"),
+            ("temperature", self.is_greedy, f"must be 0 {why}"),
+            ("n", self.n == 1, f"must be 1 {why}"),
+            ("repetition_penalty", self.repetition_penalty == 1.0, f"must be 1 {why}"),
+            ("logprobs", self.logprobs is None, f"must be None {why}"),
+            ("stop", not self.stop, f"must be empty {why}"),
+        )
 
     @property
     def is_greedy(self) -> bool:
@@ -190,13 +206,27 @@ class TokenLogprobs:
         return TokenLogprobs(self.token_id, self.logprob, self.top_token_ids[:num_top], self.top_logprobs[:num_top])
 
 
+@dataclass(frozen=True, slots=True)
+class ChoiceScores:
+    """How probable the choices are as the answer, by the target at temperature 1 and without a constraint.
+
+    coverage: the probability that the answer begins with one of the choices, in the tokens that the tokenizer makes of
+    it. probs: the same of each choice, in their order, divided by ``coverage``, so that they add up to 1. Where one
+    choice continues another, an answer that begins with both counts for the longer one.
+    """
+
+    probs: Mapping[str, float]
+    coverage: float
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Result:
     """One sample of one request. Failed rows have ``finish_reason=ERROR``, ``text=None`` and ``error`` set.
 
     Counts are in tokens except ``num_rounds`` (target forwards in which this sample took part after its prefill).
     ``num_generated_tokens`` counts emitted tokens, a stop token included; ``token_ids`` holds exactly those.
-    ``text`` is None where the checkpoint has no tokenizer.
+    ``text`` is None where the checkpoint has no tokenizer. Where choices were scored, text and tokens are those of the
+    most probable one, and there are no rounds.
     """
 
     id: str
@@ -210,6 +240,7 @@ class Result:
     num_drafted_tokens: int = 0
     num_accepted_tokens: int = 0
     logprobs: tuple[TokenLogprobs, ...] | None = None
+    choice_scores: ChoiceScores | None = None
     error: RowError | None = None
 
     @classmethod

@@ -6,8 +6,9 @@ from collections import deque
 from dataclasses import dataclass, field
 from itertools import count, islice
 
-from dspark_batch.core import ErrorCode, Request, RowError
+from dspark_batch.core import ErrorCode, Request, RowError, SamplingParams
 from dspark_batch.drafters.base import DraftRow
+from dspark_batch.engine.choices import ChoiceTree, ChoiceTrees, ChoiceWalk
 from dspark_batch.engine.prefixes import PrefixPool, PrefixUse
 from dspark_batch.engine.state import RowState, TokenLog
 from dspark_batch.engine.text import Codec, StopStrings
@@ -31,7 +32,9 @@ class QueuedRequest:
     samples: deque[int] = field(default_factory=deque)
 
 
-def check_prompt(request: Request, token_ids: list[int], target: Target, *, max_context: int) -> RowError | None:
+def check_prompt(
+    request: Request, token_ids: list[int], target: Target, *, max_context: int, choices: ChoiceTree | None = None
+) -> RowError | None:
     """Why a tokenised request can never run on this engine, or None. Only more memory can mend that, so only a request
     that lacks memory is retryable."""
     if not token_ids:
@@ -42,13 +45,14 @@ def check_prompt(request: Request, token_ids: list[int], target: Target, *, max_
             code=ErrorCode.INVALID_TOKEN_IDS,
             message=f"the prompt of {request.id!r} holds token id {bad}; the vocabulary is 0..{target.vocab_size - 1}",
         )
-    if len(token_ids) + 1 > max_context:
+    if len(token_ids) + (1 if choices is None else choices.max_tokens) > max_context:
+        more = "one new token" if choices is None else f"the {choices.max_tokens} of the longest choice"
         return RowError(
             code=ErrorCode.PROMPT_TOO_LONG,
-            message=f"the prompt of {request.id!r} has {len(token_ids)} tokens; with one new token it must fit "
+            message=f"the prompt of {request.id!r} has {len(token_ids)} tokens; with {more} it must fit "
             f"into a context of {max_context}",
         )
-    num_tokens = min(max_context, len(token_ids) + request.sampling.max_new_tokens)
+    num_tokens = min(max_context, len(token_ids) + _most_new_tokens(request.sampling, choices))
     if num_tokens > target.kv.num_total_tokens:
         return RowError(
             code=ErrorCode.PROMPT_TOO_LONG,
@@ -57,6 +61,11 @@ def check_prompt(request: Request, token_ids: list[int], target: Target, *, max_
             retryable=True,
         )
     return None
+
+
+def _most_new_tokens(sampling: SamplingParams, choices: ChoiceTree | None) -> int:
+    """Tokens behind the prompt, as far as the context goes."""
+    return sampling.max_new_tokens if choices is None else choices.max_tokens
 
 
 class Admission:
@@ -74,6 +83,7 @@ class Admission:
         codec: Codec | None,
         eos_token_ids: frozenset[int],
         constraints: Constraints,
+        choices: ChoiceTrees,
         prefixes: PrefixPool | None,
         max_context: int,
     ) -> None:
@@ -81,6 +91,7 @@ class Admission:
         self._codec = codec
         self._eos_token_ids = eos_token_ids
         self._constraints = constraints
+        self._choices = choices
         self._prefixes = prefixes
         self._max_context = max_context
         self._queue: deque[QueuedRequest] = deque()
@@ -89,7 +100,8 @@ class Admission:
 
     def enqueue(self, ticket: int, request: Request, token_ids: list[int]) -> None:
         """Queue every sample of a request that passed :func:`check_prompt`."""
-        max_new_tokens = min(request.sampling.max_new_tokens, self._max_context - len(token_ids))
+        num_wanted = _most_new_tokens(request.sampling, self._choices.of(request.sampling))
+        max_new_tokens = min(num_wanted, self._max_context - len(token_ids))
         queued = QueuedRequest(ticket, request, token_ids, max_new_tokens, len(token_ids) + max_new_tokens)
         queued.samples.extend(range(request.sampling.n))
         self.num_queued += request.sampling.n
@@ -143,6 +155,8 @@ class Admission:
     def _row(self, queued: QueuedRequest, slot: int, use: PrefixUse | None) -> RowState:
         request, sample = queued.request, queued.samples[0]
         sampling = request.sampling
+        choices = self._choices.of(sampling)
+        constraint = sampling.constraint if choices is None else None
         token_ids = list(queued.token_ids)
         stop_strings = None
         if sampling.stop and self._codec is not None:
@@ -167,5 +181,6 @@ class Admission:
             prefix=use,
             seen=TokenLog(token_ids) if sampling.repetition_penalty != 1.0 else None,
             stop_strings=stop_strings,
-            matcher=self._constraints.begin(sampling.constraint) if sampling.constraint is not None else None,
+            matcher=None if constraint is None else self._constraints.begin(constraint),
+            choices=None if choices is None else ChoiceWalk(choices),
         )

@@ -10,6 +10,7 @@ from typing import Protocol, Self
 from dspark_batch.core import ErrorCode, Request, Result, RowError
 from dspark_batch.drafters.base import Drafter
 from dspark_batch.engine.admission import Admission, check_prompt
+from dspark_batch.engine.choices import ChoiceTrees
 from dspark_batch.engine.config import EngineConfig
 from dspark_batch.engine.drafter_factory import make_drafter, make_verifier
 from dspark_batch.engine.policy_factory import make_policy
@@ -76,11 +77,13 @@ class BatchEngine:
         self._prefixes = PrefixPool(target.kv) if config.share_prefixes else None
         eos_token_ids = frozenset(loaded.eos_token_ids)
         self._constraints = Constraints(self._codec, vocab_size=target.vocab_size, eos_token_ids=eos_token_ids)
+        self._choices = ChoiceTrees(self._codec, max_step_tokens=config.max_step_tokens)
         self._admission = Admission(
             target,
             codec=self._codec,
             eos_token_ids=eos_token_ids,
             constraints=self._constraints,
+            choices=self._choices,
             prefixes=self._prefixes,
             max_context=self._max_context,
         )
@@ -228,20 +231,23 @@ class BatchEngine:
                 code=ErrorCode.UNDECODABLE_TEXT,
                 message=f"request {request.id!r} has stop strings, but the target has no tokenizer; use stop_token_ids",
             )
-        if request.sampling.constraint is not None:
-            try:
+        try:
+            choices = self._choices.of(request.sampling)
+            if request.sampling.constraint is not None and choices is None:
                 self._constraints.begin(request.sampling.constraint)
-            except ValueError as error:
-                return RowError(code=ErrorCode.INVALID_SAMPLING, message=f"request {request.id!r}: {error}")
+        except ValueError as error:
+            return RowError(code=ErrorCode.INVALID_SAMPLING, message=f"request {request.id!r}: {error}")
         tokens = prompt_tokens(request, self._codec)
         if isinstance(tokens, RowError):
             return tokens
-        return check_prompt(request, tokens, self._target, max_context=self._max_context) or tokens
+        problem = check_prompt(request, tokens, self._target, max_context=self._max_context, choices=choices)
+        return problem or tokens
 
     def _admit(self) -> None:
         admitted = self._admission.admit(num_places=self._max_concurrency - len(self._rows))
         for row in admitted:
-            self._drafter.add(row.draft_row)
+            if row.choices is None:
+                self._drafter.add(row.draft_row)
             if self._poison_dead_kv:
                 self._target.kv.poison(row.slot, row.kv_len)
             if row.prefix is not None:
@@ -265,7 +271,8 @@ class BatchEngine:
         return out
 
     def _release(self, row: RowState, *, finished: bool) -> None:
-        self._drafter.remove(row.draft_row, finished=finished)
+        if row.choices is None:
+            self._drafter.remove(row.draft_row, finished=finished)
         self._target.kv.free(row.slot)
         if row.prefix is not None:
             assert self._prefixes is not None, "a row uses a prefix of no pool"

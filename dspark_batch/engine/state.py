@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from dspark_batch.core import FinishReason, Request, Result, RowError, SamplingParams, TokenLogprobs
 from dspark_batch.drafters.base import DraftRow
+from dspark_batch.engine.choices import ChoiceWalk
 from dspark_batch.engine.prefixes import PrefixUse
 from dspark_batch.engine.text import Codec, StopStrings
 from dspark_batch.sampling.constraints import Matcher
@@ -39,7 +40,8 @@ class RowState:
 
     token_ids: prompt and committed output. kv_len: positions whose KV is written and valid. While the row decodes,
     ``kv_len == len(token_ids) - 1``: only the anchor's KV is missing. prefix: the shared prompt prefix that the slot
-    reads, if any; the row waits until it is computed. matcher: of the constraint on its text, if any.
+    reads, if any; the row waits until it is computed. matcher: of the constraint on its text, if any. choices: where
+    they are scored instead of a text generated; such a row has no output and is unknown to the drafter.
     """
 
     ticket: int
@@ -56,6 +58,7 @@ class RowState:
     seen: TokenLog | None = None
     stop_strings: StopStrings | None = None
     matcher: Matcher | None = None
+    choices: ChoiceWalk | None = None
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     num_rounds: int = 0
     num_drafted: int = 0
@@ -119,6 +122,8 @@ class RowState:
         if self.error is not None:
             return Result.failed(self.request, self.error, sample=self.sample, num_prompt_tokens=self.prompt_len)
         assert self.finish_reason is not None, "the row has not finished"
+        if self.choices is not None:
+            return self._scored(self.choices)
         output = self.token_ids[self.prompt_len :]
         return Result(
             id=self.request.id,
@@ -132,6 +137,18 @@ class RowState:
             num_drafted_tokens=self.num_drafted,
             num_accepted_tokens=self.num_accepted,
             logprobs=None if self.sampling.logprobs is None else tuple(self.logprobs),
+        )
+
+    def _scored(self, walk: ChoiceWalk) -> Result:
+        token_ids = walk.tree.token_ids[walk.best]
+        return Result(
+            id=self.request.id,
+            text=walk.tree.texts[walk.best],
+            token_ids=token_ids,
+            finish_reason=FinishReason.STOP,
+            num_prompt_tokens=self.prompt_len,
+            num_generated_tokens=len(token_ids),
+            choice_scores=walk.scores,
         )
 
     def _text(self, output: list[int], codec: Codec | None) -> str | None:

@@ -3,43 +3,31 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from time import perf_counter
 
 import torch
 from torch import Tensor
 
-from dspark_batch.core import ErrorCode, RowError
+from dspark_batch.core import ErrorCode, FinishReason, RowError
 from dspark_batch.drafters.base import Committed, Drafter
 from dspark_batch.engine.constrained import forced_drafts, with_forced, within_constraints
+from dspark_batch.engine.layout import Part, forward_batch, lay_out
 from dspark_batch.engine.prefixes import Prefix
 from dspark_batch.engine.state import RowState
 from dspark_batch.metrics import StepRecord
 from dspark_batch.sampling.sampler import GreedyDraws, PositionBatch, SampledRow
 from dspark_batch.scheduling.policies import LengthPolicy, RoundLoad, RoundOutcome
-from dspark_batch.tensors import DraftBlock, ForwardBatch, OffersFastDraws, RowSlice, Target
+from dspark_batch.tensors import DraftBlock, OffersFastDraws, Target
 from dspark_batch.verification.base import Verifier, VerifyRow
 
 logger = logging.getLogger(__name__)
 
 _LOGIT_ELEMENTS = 2**24
 """Logits held at a time, in float32 elements; bounds the memory of sampling."""
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Part:
-    """One slice of the flat forward. owner: the row, or a shared prefix. draft: verified tokens after the anchor.
-
-    wants_logits: the slice ends with the row's last committed token (plus the draft), so a token will be emitted.
-    """
-
-    owner: RowState | Prefix
-    offset: int
-    num_tokens: int
-    draft: Sequence[int] = ()
-    draft_probs: Tensor | None = None
-    wants_logits: bool = False
 
 
 @dataclass(slots=True)
@@ -91,12 +79,14 @@ class StepRunner:
             row.num_drafted += len(must)
         load = self._load(decoding, limits, forced, num_pending=num_pending, num_queued=num_queued)
         block, num_planned, draft_s = self._draft(decoding, load)
-        parts, token_ids = self._lay_out(decoding, with_forced(block, forced), [*prefixes, *filling])
+        drafts = with_forced(block, forced)
+        parts, token_ids = lay_out(decoding, drafts, [*prefixes, *filling], max_step_tokens=self._max_step_tokens)
         if not parts:
             return StepRecord(num_queued=num_queued, host_s=perf_counter() - started)
 
         forward_from = perf_counter()
-        output = self._target.forward(self._batch(parts, token_ids))
+        batch = forward_batch(parts, token_ids, taps=self._drafter.taps, device=self._target.device)
+        output = self._target.forward(batch)
         sample_from = perf_counter()
         tally = self._decide([part for part in parts if part.wants_logits], output.hidden)
         self._advance(parts, output.features)
@@ -186,61 +176,37 @@ class StepRunner:
         cut = [tokens[:length] for tokens, length in zip(block.token_ids, plan.verify_len, strict=True)]
         return DraftBlock(token_ids=cut, probs=block.probs), sum(lengths), draft_s
 
-    def _lay_out(
-        self, decoding: Sequence[RowState], block: DraftBlock, filling: Sequence[RowState | Prefix]
-    ) -> tuple[list[_Part], list[int]]:
-        """The slices of the forward, decoding rows first, and their tokens; within ``max_step_tokens``."""
-        parts: list[_Part] = []
-        flat: list[int] = []
-        for r, row in enumerate(decoding):
-            assert row.kv_len == len(row.token_ids) - 1, "invariant 1: only the anchor's KV is missing"
-            draft = block.token_ids[r]
-            probs = block.probs[r] if block.probs is not None else None
-            parts.append(_Part(row, len(flat), 1 + len(draft), draft, probs, wants_logits=True))
-            flat.append(row.token_ids[-1])
-            flat.extend(draft)
-        prefix_len: dict[int, int] = {}
-        for owner in filling:
-            if isinstance(owner, RowState) and _lacks_prefix(owner, prefix_len):
-                continue
-            num_tokens = min(owner.num_pending, self._max_step_tokens - len(flat))
-            if num_tokens <= 0:
-                break
-            ends = isinstance(owner, RowState) and num_tokens == owner.num_pending
-            parts.append(_Part(owner, len(flat), num_tokens, wants_logits=ends))
-            flat.extend(owner.token_ids[owner.kv_len : owner.kv_len + num_tokens])
-            if isinstance(owner, Prefix):
-                prefix_len[owner.slot] = owner.kv_len + num_tokens
-        return parts, flat
-
-    def _batch(self, parts: Sequence[_Part], token_ids: list[int]) -> ForwardBatch:
-        index: list[int] = []
-        for part in parts:
-            if part.wants_logits:
-                end = part.offset + part.num_tokens
-                index.extend(range(end - 1 - len(part.draft), end))
-        device = self._target.device
-        return ForwardBatch(
-            token_ids=torch.tensor(token_ids, dtype=torch.int64).to(device),
-            slices=tuple(RowSlice(p.owner.slot, p.owner.kv_len, p.num_tokens) for p in parts),
-            logit_index=torch.tensor(index, dtype=torch.int64).to(device),
-            taps=self._drafter.taps,
-        )
-
-    def _decide(self, parts: Sequence[_Part], hidden: Tensor) -> _Tally:
-        """Logits, verification and commit, for as many whole rows at a time as the logit memory allows."""
+    def _decide(self, parts: Sequence[Part], hidden: Tensor) -> _Tally:
+        """Logits, verification and commit; choices are scored."""
         tally = _Tally()
+        if any(part.is_scored for part in parts):
+            parts, hidden = self._score(parts, hidden, tally)
         if parts and self._fast is not None and all(map(_is_plain_greedy, parts)):
             started = perf_counter()
             draws = GreedyDraws(*self._fast.greedy(hidden))
             tally.logits_s += perf_counter() - started
             self._settle(parts, draws, tally)
             return tally
+        for some, logits in self._logits(parts, hidden, tally):
+            self._decide_some(some, logits, tally)
+        return tally
+
+    def _score(self, parts: Sequence[Part], hidden: Tensor, tally: _Tally) -> tuple[Sequence[Part], Tensor]:
+        """Read what is wanted of the parts that are scored; the others, and their hidden states."""
+        is_scored = [part.is_scored for part in parts for _ in range(part.num_positions)]
+        mask = torch.tensor(is_scored, device=hidden.device)
+        scored = [part for part in parts if part.is_scored]
+        for some, logits in self._logits(scored, hidden[mask], tally):
+            _score_some(some, logits, tally)
+        return [part for part in parts if not part.is_scored], hidden[~mask]
+
+    def _logits(self, parts: Sequence[Part], hidden: Tensor, tally: _Tally) -> Iterator[tuple[Sequence[Part], Tensor]]:
+        """Parts with their logits, for as many whole parts at a time as the logit memory allows."""
         first, flat = 0, 0
         while first < len(parts):
             last, num_positions = first, 0
             while last < len(parts):
-                more = len(parts[last].draft) + 1
+                more = parts[last].num_positions
                 if num_positions and num_positions + more > self._max_logit_positions:
                     break
                 num_positions += more
@@ -248,11 +214,10 @@ class StepRunner:
             started = perf_counter()
             logits = self._target.logits(hidden[flat : flat + num_positions])
             tally.logits_s += perf_counter() - started
-            self._decide_some(parts[first:last], logits, tally)
+            yield parts[first:last], logits
             first, flat = last, flat + num_positions
-        return tally
 
-    def _decide_some(self, parts: Sequence[_Part], logits: Tensor, tally: _Tally) -> None:
+    def _decide_some(self, parts: Sequence[Part], logits: Tensor, tally: _Tally) -> None:
         rows = [part.owner for part in parts if isinstance(part.owner, RowState)]
         draws = PositionBatch(
             logits,
@@ -273,7 +238,7 @@ class StepRunner:
         _record_logprobs(draws, wanted)
 
     def _settle(
-        self, parts: Sequence[_Part], draws: PositionBatch | GreedyDraws, tally: _Tally
+        self, parts: Sequence[Part], draws: PositionBatch | GreedyDraws, tally: _Tally
     ) -> list[tuple[RowState, int, list[int]]]:
         """Verify and commit; (row, first flat position, emitted tokens) of rows that want log-probabilities."""
         rows = [part.owner for part in parts if isinstance(part.owner, RowState)]
@@ -292,17 +257,13 @@ class StepRunner:
                 if row.sampling.logprobs is not None:
                     wanted.append((row, flat, emitted))
             else:
-                row.error = RowError(
-                    code=ErrorCode.NON_FINITE_LOGITS,
-                    message=f"{row.request.id!r}: the target gave NaN or infinite logits after {row.num_output} tokens",
-                    retryable=True,
-                )
+                row.error = _non_finite_error(row)
                 tally.num_finished += 1
             tally.emitted.append(emitted)
             flat += len(part.draft) + 1
         return wanted
 
-    def _advance(self, parts: Sequence[_Part], features: Tensor | None) -> None:
+    def _advance(self, parts: Sequence[Part], features: Tensor | None) -> None:
         """Move every owner's ``kv_len`` to what is now valid, and tell a drafter with taps."""
         committed: list[Committed] = []
         for part in parts:
@@ -315,6 +276,11 @@ class StepRunner:
                 continue
             if owner.error is not None:
                 continue
+            if part.is_scored:
+                # The last token of the prompt comes again before each path of the choices.
+                owner.kv_len = min(len(owner.token_ids) - 1, start + part.num_tokens)
+                self._poison(owner)
+                continue
             if part.wants_logits:
                 # A constrained text may have ended with tokens that no forward has seen.
                 owner.kv_len = min(len(owner.token_ids) - 1, start + part.num_tokens)
@@ -326,21 +292,44 @@ class StepRunner:
                     shared = Committed(owner.draft_row, 0, start, 0)
                     self._drafter.observe([shared], owner.prefix.prefix.all_features())
                 committed.append(Committed(owner.draft_row, start, owner.kv_len - start, part.offset))
-            if self._poison_dead_kv:
-                self._target.kv.poison(owner.slot, owner.kv_len)
+            self._poison(owner)
         if features is not None:
             self._drafter.observe(committed, features)
 
-
-def _lacks_prefix(row: RowState, computed: dict[int, int]) -> bool:
-    """Whether the row's shared prefix is neither ready nor part of this step; ``computed``: its length by slot.
-
-    A layer writes the keys and values of all tokens of a step before it attends.
-    """
-    return row.prefix is not None and row.is_waiting and computed.get(row.prefix.prefix.slot, 0) < row.prefix.num_tokens
+    def _poison(self, row: RowState) -> None:
+        if self._poison_dead_kv:
+            self._target.kv.poison(row.slot, row.kv_len)
 
 
-def _is_plain_greedy(part: _Part) -> bool:
+def _score_some(parts: Sequence[Part], logits: Tensor, tally: _Tally) -> None:
+    rows = [part.owner for part in parts if isinstance(part.owner, RowState)]
+    walks = [row.choices for row in rows if row.choices is not None]
+    flat, places, tokens = 0, list[int](), list[int]()
+    for part, walk in zip(parts, walks, strict=True):
+        after, wanted = walk.wanted
+        places.extend(flat + place for place in after)
+        tokens.extend(wanted)
+        flat += part.num_positions
+    found = iter(logits.log_softmax(-1)[places, tokens].tolist())
+    for row, walk in zip(rows, walks, strict=True):
+        logprobs = list(islice(found, len(walk.wanted[1])))
+        if not all(map(math.isfinite, logprobs)):
+            row.error = _non_finite_error(row)
+        elif walk.take(logprobs):
+            row.finish_reason = FinishReason.STOP
+            tally.num_emitted_tokens += len(walk.tree.token_ids[walk.best])
+        tally.num_finished += row.error is not None or row.finish_reason is not None
+
+
+def _non_finite_error(row: RowState) -> RowError:
+    return RowError(
+        code=ErrorCode.NON_FINITE_LOGITS,
+        message=f"{row.request.id!r}: the target gave NaN or infinite logits after {row.num_output} tokens",
+        retryable=True,
+    )
+
+
+def _is_plain_greedy(part: Part) -> bool:
     """Whether the arg-max of the target's own logits is all that the part needs."""
     if not isinstance(part.owner, RowState):
         return False
@@ -354,7 +343,7 @@ def _constraint_error(row: RowState, why: str) -> RowError:
     return RowError(code=ErrorCode.CONSTRAINT_ERROR, message=message)
 
 
-def _verify_row(row: RowState, part: _Part) -> VerifyRow:
+def _verify_row(row: RowState, part: Part) -> VerifyRow:
     probs = part.draft_probs
     return VerifyRow(
         sampling=row.sampling,

@@ -209,6 +209,9 @@ class LetterCodec:
         return text
 
     def encode(self, text: str) -> list[int]:
+        return self.encode_plain(text)
+
+    def encode_plain(self, text: str) -> list[int]:
         return [self.alphabet.index(letter) for letter in text]
 
     def encode_chat(self, messages: Sequence[Message], *, arguments: Mapping[str, object] | None = None) -> list[int]:
