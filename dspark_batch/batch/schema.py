@@ -9,7 +9,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from dspark_batch.core import Result
+from dspark_batch.core import ChoiceScores, Result
 from dspark_batch.errors import ConfigError, Problem
 from dspark_batch.job.config import JobConfig
 
@@ -26,6 +26,11 @@ LOGPROBS_TYPE = pa.list_(
             ("top_logprobs", pa.list_(pa.float32())),
         ]
     )
+)
+SCORE_FIELDS = (
+    ("probability", pa.float64()),
+    ("probabilities", pa.map_(pa.string(), pa.float64())),
+    ("coverage", pa.float64()),
 )
 COUNT_COLUMNS = (
     "num_prompt_tokens",
@@ -54,9 +59,9 @@ def row_schema(config: JobConfig, *, input_schema: pa.Schema) -> RowSchema:
     """The schema of every output file of a run, from the schema of the table as it is read.
 
     Carried columns (``input.columns``, or all) come first, untouched; then ``sample`` (only with ``sampling.n`` > 1),
-    the generated column, ``token_ids`` (only with ``output.token_ids``), ``finish_reason``, the counts, ``logprobs``
-    (only with ``sampling.logprobs``) and ``error``. The generated column is NULL in failed rows. ``output.prefix``
-    stands before the names of all added columns but the generated one.
+    the generated column, the scores (only with ``task`` classify), ``token_ids`` (only with ``output.token_ids``),
+    ``finish_reason``, the counts, ``logprobs`` (only with ``sampling.logprobs``) and ``error``. The generated column is
+    NULL in failed rows. ``output.prefix`` stands before the names of all added columns but the generated one.
 
     Raises:
         ConfigError: a carried column is missing or occurs twice, or an added column has the name of a carried one.
@@ -113,6 +118,8 @@ def _added_fields(config: JobConfig) -> list[pa.Field[Any]]:
     if config.sampling.n > 1:
         fields.append(pa.field(name_of("sample"), pa.int32()))
     fields.append(pa.field(config.output.column, pa.string()))
+    if config.task == "classify":
+        fields.extend(pa.field(name_of(name), kind) for name, kind in SCORE_FIELDS)
     if config.output.token_ids:
         fields.append(pa.field(name_of("token_ids"), pa.list_(pa.int32())))
     fields.append(pa.field(name_of("finish_reason"), pa.string()))
@@ -157,6 +164,8 @@ def _values(name: str, results: Sequence[Result], *, has_errors: bool) -> list[A
             return list(map(attrgetter("finish_reason._value_"), results))
         case "logprobs":
             return [_logprobs(result) for result in results]
+        case "probability" | "probabilities" | "coverage":
+            return [None if result.choice_scores is None else _score(name, result.choice_scores) for result in results]
         case "error":
             return [_error(result) for result in results] if has_errors else [None] * len(results)
         case _:
@@ -175,6 +184,12 @@ def _logprobs(result: Result) -> list[dict[str, object]] | None:
         }
         for entry in result.logprobs
     ]
+
+
+def _score(name: str, scores: ChoiceScores) -> object:
+    if name == "coverage":
+        return scores.coverage
+    return max(scores.probs.values()) if name == "probability" else list(scores.probs.items())
 
 
 def _error(result: Result) -> dict[str, object] | None:

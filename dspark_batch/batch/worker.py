@@ -54,7 +54,7 @@ class BatchWorker:
         self._num_samples = config.sampling.n
         self._renderer = PromptRenderer(
             config.prompt,
-            sampling=config.sampling.to_params(),
+            sampling=config.sampling_params(),
             input_schema=input_schema,
             has_chat_template=engine.has_chat_template,
         )

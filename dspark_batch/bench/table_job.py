@@ -131,7 +131,7 @@ def measure_engine(setup: Setup, *, folder: Path) -> Pass:
 
     config = _config(setup, folder=folder, name="unused")
     template = CompiledTemplate(TEMPLATE)
-    sampling = config.sampling.to_params()
+    sampling = config.sampling_params()
     requests = [
         Request(id=str(row["id"]), messages=(Message("user", template.render(row)),), sampling=sampling)
         for row in benchmark_rows(setup.num_rows).to_pylist()

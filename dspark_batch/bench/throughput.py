@@ -149,7 +149,7 @@ def run_throughput(plan: Plan, *, tell: Callable[[str], None] | None = None) -> 
     from dspark_batch.models.loader import load_target
 
     config = bench_config(plan.config, overrides=plan.overrides)
-    engine, sampling = config.engine_config(), config.sampling.to_params()
+    engine, sampling = config.engine_config(), config.sampling_params()
     requests = read_prompts(plan.prompts, column=plan.column)
     if isinstance(engine.threads, int):
         torch.set_num_threads(engine.threads)

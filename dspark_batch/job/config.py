@@ -30,6 +30,7 @@ from dspark_batch.engine.config import (
 )
 from dspark_batch.spark.config import SparkSection
 
+Task = Literal["generate", "classify"]
 OutputMode = Literal["resume", "overwrite", "error"]
 OutputFormat = Literal["parquet", "delta", "iceberg"]
 OnConflict = Literal["fail", "wait", "take_over"]
@@ -335,7 +336,7 @@ class LimitsSection(Section):
 class JobConfig(Section):
     """One run. ``dspark_batch.job.loader`` reads it from YAML with ``key=value`` overrides."""
 
-    task: Literal["generate"] = "generate"
+    task: Task = Field(default="generate", description="classify: how probable each of sampling.choices is")
     model: ModelSection = Field(default_factory=ModelSection)
     speculation: SpeculationSection = Field(default_factory=SpeculationSection)
     input: InputSection
@@ -347,6 +348,22 @@ class JobConfig(Section):
     spark: SparkSection = Field(default_factory=SparkSection)
     shards: ShardSection = Field(default_factory=ShardSection)
     limits: LimitsSection = Field(default_factory=LimitsSection)
+
+    @model_validator(mode="after")
+    def _task_has_what_it_needs(self) -> JobConfig:
+        if self.task == "classify" and self.sampling.choices is None:
+            raise ValueError("sampling.choices must name the labels that task classify chooses from, got none")
+        self.sampling_params()
+        return self
+
+    def sampling_params(self) -> SamplingParams:
+        """What each request asks of the engine. Raises ValueError that names the field."""
+        return SamplingParams(**self.sampling.to_fields(), score_choices=self.task == "classify")
+
+    @property
+    def max_tokens_per_row(self) -> int | None:
+        """Most tokens that are generated for a row; None where none are."""
+        return None if self.task == "classify" else self.sampling.n * self.sampling.max_new_tokens
 
     def shards_in_flight(self, *, num_shards: int) -> int:
         """Shards that one engine decodes together, when ``num_shards`` are left for the most ``ray.actors``."""
@@ -361,7 +378,8 @@ class JobConfig(Section):
             revision=self.model.revision,
             dtype=self.model.dtype,
             device=self.engine.device,
-            drafter=self.speculation.drafter,
+            # Scoring draws nothing that a draft could foretell.
+            drafter="none" if self.task == "classify" else self.speculation.drafter,
             drafter_path=self.speculation.path,
             verification=self.speculation.verification,
             schedule=self.speculation.schedule,

@@ -47,7 +47,7 @@ def preview_job(
     try:
         renderer = PromptRenderer(
             job.prompt,
-            sampling=job.sampling.to_params(),
+            sampling=job.sampling_params(),
             input_schema=reader.schema,
             has_chat_template=engine.has_chat_template,
         )

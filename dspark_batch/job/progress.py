@@ -29,7 +29,8 @@ class Work:
     num_rows: int
     num_shards: int
     num_samples_per_row: int = 1
-    max_tokens_per_row: int
+    max_tokens_per_row: int | None
+    """None where no tokens are generated; the speed is in rows then."""
 
 
 class ProgressReport(Protocol):
@@ -103,7 +104,7 @@ class Rate:
 
 
 class Pace:
-    """Tokens per second of a run since it was first noted, and the time that it will still take.
+    """The speed of a run since it was first noted, and the time that it will still take.
 
     Rows are counted from the first that came out, as those beside it in the batch are then half done, like later on;
     and no row is taken to be longer than it may be.
@@ -121,24 +122,28 @@ class Pace:
             self._rows.note(progress.num_rows, now_s=now_s)
 
     @property
-    def tokens_per_s(self) -> float | None:
-        return self._tokens.per_s
+    def speed(self) -> str | None:
+        """In tokens, or in rows where no tokens are generated."""
+        unit, rate = ("rows", self._rows) if self._work.max_tokens_per_row is None else ("tokens", self._tokens)
+        return None if rate.per_s is None else format_speed(rate.per_s, unit)
 
     def left_s(self, progress: Progress) -> float | None:
         """Time that the rows which are left will take; None where nothing tells yet."""
         num_left = progress.num_work_rows - progress.num_rows
         if not num_left and progress.num_rows:
             return 0.0
-        most = progress.num_work_rows * self._work.max_tokens_per_row - progress.num_generated_tokens
-        guesses = ((num_left, self._rows.per_s), (most, self._tokens.per_s))
+        guesses = [(num_left, self._rows.per_s)]
+        if self._work.max_tokens_per_row is not None:
+            most = progress.num_work_rows * self._work.max_tokens_per_row - progress.num_generated_tokens
+            guesses.append((most, self._tokens.per_s))
         return min((count / per_s for count, per_s in guesses if count >= 0 and per_s), default=None)
 
 
 def format_progress(work: Work, progress: Progress, pace: Pace) -> str:
     """Shards, tokens/s, accepted length, failures and time left, in one line."""
     parts = [f"shards {progress.num_shards}/{work.num_shards}"]
-    if pace.tokens_per_s is not None:
-        parts.append(f"{pace.tokens_per_s:,.0f} tokens/s")
+    if pace.speed is not None:
+        parts.append(pace.speed)
     if progress.num_rounds:
         parts.append(f"accepted length {progress.num_generated_tokens / progress.num_rounds:.2f}")
     parts.append(f"failed {progress.num_failed_rows}")
@@ -146,6 +151,10 @@ def format_progress(work: Work, progress: Progress, pace: Pace) -> str:
     if left_s is not None:
         parts.append(f"left {format_duration(left_s)}")
     return " · ".join(parts)
+
+
+def format_speed(per_s: float, unit: str) -> str:
+    return f"{per_s:,.1f} {unit}/s" if 0 < per_s < 10 else f"{per_s:,.0f} {unit}/s"
 
 
 def counted(count: int, noun: str) -> str:

@@ -116,7 +116,7 @@ def _work(
         num_rows=left.num_rows,
         num_shards=len(left.shards),
         num_samples_per_row=run.config.sampling.n,
-        max_tokens_per_row=run.config.sampling.n * run.config.sampling.max_new_tokens,
+        max_tokens_per_row=run.config.max_tokens_per_row,
     )
     done, whole = Totals(), left.totals
     with ExitStack() as stack:

@@ -12,7 +12,7 @@ from dspark_batch.job.config import JobConfig
 from dspark_batch.job.drive import Ending
 from dspark_batch.job.outcome import ExitCode, Outcome, Totals
 from dspark_batch.job.prepare import PreparedRun, Remaining
-from dspark_batch.job.progress import counted, format_duration, rows_in_shards
+from dspark_batch.job.progress import counted, format_duration, format_speed, rows_in_shards
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -76,13 +76,19 @@ def describe(run: PreparedRun, left: Remaining) -> Outcome:
         ),
         "to do": f"{planned_rows(left.num_rows, config)} in {counted(len(left.shards), 'shard')}",
         "model": config.model.target,
-        "drafter": f"{config.speculation.drafter}, verification {config.speculation.verification}",
+        "drafter": _about_drafts(config),
         "backend": config.engine.backend,
         "output": f"{config.output.path} (mode {config.output.mode})",
         "fingerprint": run.fingerprint,
     }
     width = max(map(len, facts))
     return Outcome(code=ExitCode.OK, text="\n".join(f"{name:<{width}}  {fact}" for name, fact in facts.items()))
+
+
+def _about_drafts(config: JobConfig) -> str:
+    if config.task == "classify":
+        return "none, as sampling.choices are scored"
+    return f"{config.speculation.drafter}, verification {config.speculation.verification}"
 
 
 def planned_rows(num_rows: int, config: JobConfig) -> str:
@@ -116,7 +122,8 @@ def shown_columns(config: JobConfig, plan: Plan) -> list[str]:
     carried = config.input.columns if config.input.columns is not None else plan.schema.names
     shown = [config.input.id] if config.input.id in carried else carried[:1]
     shown = [name for name in shown if name is not None]
-    added = ["token_ids", "error"] if config.output.token_ids else ["error"]
+    added = ["probability", "error"] if config.task == "classify" else ["error"]
+    added = ["token_ids", *added] if config.output.token_ids else added
     return [*shown, config.output.column, *map(config.output.name_of, added)]
 
 
@@ -128,13 +135,15 @@ def work_done(finished: Finished, loaded_s: float | None) -> list[str]:
     load_s = 0.0 if loaded_s is None else loaded_s - finished.begin_s
     # Other machines' clocks may be wrong, and engines that serve several runs have loaded long before.
     load_s = load_s if 1 <= load_s < elapsed_s else 0.0
-    speed = done.num_generated_tokens / (elapsed_s - load_s) if elapsed_s > 0 else 0.0
-    line = (
-        f"this run: {rows_in_shards(done.num_rows, done.num_shards)}, "
-        f"{counted(done.num_generated_tokens, 'token')} in {format_duration(elapsed_s)}"
-    )
+    line = f"this run: {rows_in_shards(done.num_rows, done.num_shards)}"
+    amount, unit = done.num_rows, "rows"
+    if finished.run.config.max_tokens_per_row is not None:
+        line += f", {counted(done.num_generated_tokens, 'token')}"
+        amount, unit = done.num_generated_tokens, "tokens"
+    speed = amount / (elapsed_s - load_s) if elapsed_s > 0 else 0.0
+    line += f" in {format_duration(elapsed_s)}"
     line += f", {format_duration(load_s)} of them until an engine was loaded" if load_s else ""
-    line += f" ({speed:,.0f} tokens/s{' from then on' if load_s else ''})"
+    line += f" ({format_speed(speed, unit)}{' from then on' if load_s else ''})"
     if done.accepted_length is not None:
         line += f", accepted length {done.accepted_length:.2f}"
     if not done.num_drafted_tokens:

@@ -35,7 +35,7 @@ class Generate:
 
     def __init__(self, config: ConfigLike, *, engine_factory: str | None = None) -> None:
         self._config = _job(config)
-        if self._config.input.id is None and not self._config.sampling.to_params().is_greedy:
+        if self._config.input.id is None and not self._config.sampling_params().is_greedy:
             raise ConfigError([Problem("input.id", "is needed where sampling.temperature is above 0")])
         factory = engine_factory or configured_factory()
         self._engine: RowEngine = make_engine(self._config.engine_config(), factory=factory)

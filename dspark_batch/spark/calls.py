@@ -113,11 +113,14 @@ def with_arguments(job: JobConfig, arguments: _Values) -> JobConfig | RowError:
     if not given:
         return job
     try:
-        sampling = SamplingSection(**{**job.sampling.model_dump(), **given})
+        changed = job.model_copy(update={"sampling": SamplingSection(**{**job.sampling.model_dump(), **given})})
+        changed.sampling_params()
     except ValidationError as error:
         message = "; ".join(str(problem["msg"]).removeprefix("Value error, ") for problem in error.errors())
         return RowError(code=ErrorCode.INVALID_SAMPLING, message=message)
-    return job.model_copy(update={"sampling": sampling})
+    except ValueError as error:
+        return RowError(code=ErrorCode.INVALID_SAMPLING, message=str(error))
+    return changed
 
 
 def _of_equal_length(arrays: tuple[Array, ...]) -> list[Array]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from dspark_batch.core import ErrorCode, FinishReason, Request, Result, RowError
+from dspark_batch.core import ChoiceScores, ErrorCode, FinishReason, Request, Result, RowError
 from dspark_batch.errors import EngineError
 
 WORDS = ("alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta")
@@ -129,6 +130,8 @@ def scripted_result(request: Request, *, sample: int = 0) -> Result:
     params = request.sampling
     who = "" if params.is_greedy else f"{request.id}/{sample}/{params.seed}"
     number = _number("text", str(request.messages), prompt_text(request), who)
+    if params.score_choices:
+        return _scored(request, number)
     length = 1 + number % params.max_new_tokens % len(WORDS)
     token_ids = tuple((number >> (3 * place)) % len(WORDS) for place in range(length))
     return Result(
@@ -142,6 +145,24 @@ def scripted_result(request: Request, *, sample: int = 0) -> Result:
         num_rounds=length,
         num_drafted_tokens=2 * length,
         num_accepted_tokens=length,
+    )
+
+
+def _scored(request: Request, number: int) -> Result:
+    """The first of the choices, taken in turns, is twice as probable as the next, and so on."""
+    assert request.sampling.constraint is not None
+    choices: list[str] = json.loads(request.sampling.constraint.source)
+    first = number % len(choices)
+    weights = {choice: 2.0 ** -((place - first) % len(choices)) for place, choice in enumerate(choices)}
+    total = sum(weights.values())
+    return Result(
+        id=request.id,
+        text=choices[first],
+        token_ids=(first,),
+        finish_reason=FinishReason.STOP,
+        num_prompt_tokens=len(prompt_text(request).split()),
+        num_generated_tokens=1,
+        choice_scores=ChoiceScores({choice: weight / total for choice, weight in weights.items()}, coverage=0.5),
     )
 
 

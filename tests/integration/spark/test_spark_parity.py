@@ -189,3 +189,17 @@ def test_conversations_get_the_same_answers_through_every_way_in(
 
 def answers(frame) -> dict[int, str | None]:
     return {row.key: row.text for row in frame.select("key", "text").collect()}
+
+
+def test_choices_are_scored_through_every_way_in(spark, reviews, module_engine) -> None:
+    config = {**job_values(module_engine.path, choices=["good", "bad"]), "task": "classify"}
+    rows = generate(reviews, config, prompt=TEMPLATE, id="review_id").collect()
+    expected = {row.review_id: row.probabilities for row in rows}
+    for row in rows:
+        if row.body is not None:
+            assert row.probability == row.probabilities[row.text] == max(row.probabilities.values())
+    register(spark, "dspark_classify", config)
+    frame = spark.sql("SELECT review_id, dspark_classify('Summarise: ' || body) AS r FROM reviews")
+    assert {row.review_id: row.r and row.r.probabilities for row in frame.collect()} == expected
+    refused = spark.sql("SELECT dspark_classify('a', temperature => 0.5D).error AS error").first()
+    assert "sampling.temperature must be 0" in refused.error.message

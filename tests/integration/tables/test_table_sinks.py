@@ -9,6 +9,7 @@ import pytest
 
 from dspark_batch.core import ErrorCode
 from dspark_batch.errors import ConfigError, OutputError
+from dspark_batch.job.config import JobConfig
 from dspark_batch.testing.faulty_store import FaultyStore, SimulatedCrashError
 from dspark_batch.testing.pipeline import start_run
 from dspark_batch.testing.scripted_engine import ScriptedEngine
@@ -233,3 +234,13 @@ def test_a_table_that_was_rolled_back_is_refused_rather_than_doubled(make_table)
     (table.folder / "out" / "_SUCCESS").unlink()
     with pytest.raises(OutputError, match="published 3 times and its table knows of 1"):
         start_run(table.config())
+
+
+def test_probabilities_of_choices_are_published(make_table):
+    table = make_table()
+    values = table.config(sampling={"temperature": 0.0, "choices": ["a", "b", "c"]}).model_dump(mode="json")
+    start_run(JobConfig.model_validate({**values, "task": "classify"}))
+    for row in table.read():
+        probabilities = dict(row["probabilities"])
+        assert sum(probabilities.values()) == pytest.approx(1)
+        assert probabilities[row["answer"]] == row["probability"] == max(probabilities.values())

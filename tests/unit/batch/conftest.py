@@ -28,7 +28,8 @@ def make_config(tmp_path: Path) -> MakeConfig:
             "output": {"path": str(tmp_path / "out"), "column": "summary"},
         }
         for name, section in sections.items():
-            values[name] = {**values.get(name, {}), **section} if name != "prompt" else section
+            is_whole = name == "prompt" or not isinstance(section, dict)
+            values[name] = section if is_whole else {**values.get(name, {}), **section}
         return JobConfig.model_validate(values)
 
     return make

@@ -4,7 +4,7 @@ import pyarrow as pa
 import pytest
 
 from dspark_batch.batch.schema import result_columns, row_schema
-from dspark_batch.core import ErrorCode, FinishReason, Request, Result, RowError, TokenLogprobs
+from dspark_batch.core import ChoiceScores, ErrorCode, FinishReason, Request, Result, RowError, TokenLogprobs
 from dspark_batch.errors import ConfigError
 
 INPUT = pa.schema([("id", pa.int64()), ("text", pa.string())])
@@ -92,3 +92,17 @@ def test_good_and_failed_rows_have_one_schema_and_failed_ones_no_output(make_con
     assert (second["summary"], second["token_ids"], second["logprobs"]) == (None, None, None)
     assert second["finish_reason"] == "error"
     assert second["error"] == {"code": "null_prompt", "message": "NULL in column text", "retryable": False}
+
+
+def test_a_classifying_run_adds_probabilities_that_are_null_in_failed_rows(make_config):
+    config = make_config(task="classify", sampling={"choices": ["yes", "no"]}, output={"prefix": "p_"})
+    schema = row_schema(config, input_schema=INPUT)
+    assert schema.added.names[:5] == ["summary", "p_probability", "p_probabilities", "p_coverage", "p_finish_reason"]
+    scores = ChoiceScores({"yes": 0.25, "no": 0.75}, coverage=0.5)
+    good = Result(id="a", text="no", finish_reason=FinishReason.STOP, choice_scores=scores)
+    bad = Result.failed(Request(id="b", prompt=""), RowError(code=ErrorCode.EMPTY_PROMPT, message="empty"))
+    rows = pa.Table.from_arrays(result_columns([good, bad], schema=schema), schema=schema.added).to_pylist()
+    assert [row["summary"] for row in rows] == ["no", None]
+    assert [row["p_probability"] for row in rows] == [0.75, None]
+    assert [row["p_probabilities"] for row in rows] == [[("yes", 0.25), ("no", 0.75)], None]
+    assert [row["p_coverage"] for row in rows] == [0.5, None]

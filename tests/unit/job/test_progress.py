@@ -128,6 +128,15 @@ def test_rows_are_not_taken_to_be_longer_than_they_may_be() -> None:
     assert pace.left_s(progress) == 1.0
 
 
+def test_where_nothing_is_generated_the_speed_is_in_rows() -> None:
+    work = Work(num_rows=100, num_shards=1, max_tokens_per_row=None)
+    pace = Pace(work)
+    for now_s, num_samples in ((0.0, 1), (2.0, 16), (4.0, 20)):
+        progress = Progress.of(work, Totals(), LiveCounts(num_samples=num_samples, num_generated_tokens=num_samples))
+        pace.note(progress, now_s=now_s)
+    assert format_progress(work, progress, pace) == "shards 0/1 · 4.8 rows/s · failed 0 · left 17s"
+
+
 def test_one_look_gives_no_rate() -> None:
     stream = io.StringIO()
     with LineReport(WORK, stream=stream) as report:
