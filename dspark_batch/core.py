@@ -39,6 +39,8 @@ class ErrorCode(StrEnum):
     PROMPT_TOO_LONG = "prompt_too_long"
     UNDECODABLE_TEXT = "undecodable_text"
     CONSTRAINT_ERROR = "constraint_error"
+    INCOMPLETE_JSON = "incomplete_json"
+    INVALID_JSON = "invalid_json"
     NON_FINITE_LOGITS = "non_finite_logits"
     ENGINE_ERROR = "engine_error"
 

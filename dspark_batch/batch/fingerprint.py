@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 from dspark_batch.batch.schema import ROW_CONTRACT_VERSION
 from dspark_batch.job.config import JobConfig
 from dspark_batch.provenance import fingerprint
@@ -39,6 +41,9 @@ def fingerprint_fields(
     fields |= {f"input.{name}": value for name, value in section.items()}
     fields |= {f"prompt.{name}": value for name, value in config.prompt.model_dump(mode="json").items()}
     fields |= {f"sampling.{name}": value for name, value in config.sampling.model_dump(mode="json").items()}
+    if config.task == "extract":
+        # As text, since the order of its properties is that of the column's fields.
+        fields["sampling.json_schema"] = json.dumps(config.sampling.json_schema)
     if config.speculation.verification != "coupled":
         fields |= {f"speculation.{name}": value for name, value in config.speculation.model_dump(mode="json").items()}
     return fields

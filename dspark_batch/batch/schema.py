@@ -9,6 +9,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from dspark_batch.batch.json_columns import JsonColumn, json_part
 from dspark_batch.core import ChoiceScores, Result
 from dspark_batch.errors import ConfigError, Problem
 from dspark_batch.job.config import JobConfig
@@ -45,7 +46,8 @@ COUNT_COLUMNS = (
 class RowSchema:
     """Columns of a run: those carried over from the input, the generated one, all added ones, and the whole.
 
-    The names of added columns other than the generated one begin with ``prefix``.
+    The names of added columns other than the generated one begin with ``prefix``. ``json`` is how the generated column
+    holds its texts where it has the type of a JSON schema.
     """
 
     carried: tuple[str, ...]
@@ -53,6 +55,7 @@ class RowSchema:
     prefix: str
     added: pa.Schema
     output: pa.Schema
+    json: JsonColumn | None = None
 
 
 def row_schema(config: JobConfig, *, input_schema: pa.Schema) -> RowSchema:
@@ -61,13 +64,15 @@ def row_schema(config: JobConfig, *, input_schema: pa.Schema) -> RowSchema:
     Carried columns (``input.columns``, or all) come first, untouched; then ``sample`` (only with ``sampling.n`` > 1),
     the generated column, the scores (only with ``task`` classify), ``token_ids`` (only with ``output.token_ids``),
     ``finish_reason``, the counts, ``logprobs`` (only with ``sampling.logprobs``) and ``error``. The generated column is
-    NULL in failed rows. ``output.prefix`` stands before the names of all added columns but the generated one.
+    text, or of the type of ``sampling.json_schema`` where ``task`` is extract; it is NULL in failed rows.
+    ``output.prefix`` stands before the names of all added columns but the generated one.
 
     Raises:
         ConfigError: a carried column is missing or occurs twice, or an added column has the name of a carried one.
     """
     carried = tuple(config.input.columns if config.input.columns is not None else input_schema.names)
-    added = _added_fields(config)
+    json = _json_column(config)
+    added = _added_fields(config, generated=pa.string() if json is None else json.part.type)
     problems = missing_columns("input.columns", carried, schema=input_schema)
     problems += [
         Problem("input.columns", f"column {name!r} occurs {carried.count(name)} times; rename it in the input")
@@ -84,6 +89,7 @@ def row_schema(config: JobConfig, *, input_schema: pa.Schema) -> RowSchema:
         prefix=config.output.prefix,
         added=pa.schema(added),
         output=pa.schema([*kept, *added]),
+        json=json,
     )
 
 
@@ -103,21 +109,35 @@ def is_list(kind: pa.DataType) -> bool:
 
 
 def result_columns(results: Sequence[Result], *, schema: RowSchema) -> list[pa.Array[Any]]:
-    """The added columns of the given samples, in the order of ``schema.added``; one row per result."""
+    """The added columns of the given samples, in the order of ``schema.added``; one row per result.
+
+    A sample whose text does not become a value of its column's type is a failed one.
+    """
+    typed: list[object] | None = None
+    if schema.json is not None:
+        results, typed = schema.json.read(results)
     has_errors = any(result.error is not None for result in results)
     columns = []
     for field in schema.added:
         name = "text" if field.name == schema.generated else field.name.removeprefix(schema.prefix)
-        columns.append(pa.array(_values(name, results, has_errors=has_errors), type=field.type))
+        values = typed if typed is not None and name == "text" else _values(name, results, has_errors=has_errors)
+        columns.append(pa.array(values, type=field.type))
     return columns
 
 
-def _added_fields(config: JobConfig) -> list[pa.Field[Any]]:
+def _json_column(config: JobConfig) -> JsonColumn | None:
+    if config.task != "extract":
+        return None
+    assert config.sampling.json_schema is not None, "extract needs a schema"
+    return JsonColumn(part=json_part(config.sampling.json_schema), max_new_tokens=config.sampling.max_new_tokens)
+
+
+def _added_fields(config: JobConfig, *, generated: pa.DataType) -> list[pa.Field[Any]]:
     name_of = config.output.name_of
     fields: list[pa.Field[Any]] = []
     if config.sampling.n > 1:
         fields.append(pa.field(name_of("sample"), pa.int32()))
-    fields.append(pa.field(config.output.column, pa.string()))
+    fields.append(pa.field(config.output.column, generated))
     if config.task == "classify":
         fields.extend(pa.field(name_of(name), kind) for name, kind in SCORE_FIELDS)
     if config.output.token_ids:

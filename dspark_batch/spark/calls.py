@@ -11,7 +11,8 @@ from pydantic import ValidationError
 
 from dspark_batch.batch.schema import result_columns, row_schema
 from dspark_batch.core import ErrorCode, Request, Result, RowError
-from dspark_batch.job.config import JobConfig, SamplingSection
+from dspark_batch.job.config import JobConfig
+from dspark_batch.sampling.config import SamplingSection
 from dspark_batch.spark.client import ROW_ID_COLUMN, Chunk, EngineClient
 from dspark_batch.spark.identity import RowIdentity
 from dspark_batch.spark.jobs import PROMPT_ARGUMENT, engine_job

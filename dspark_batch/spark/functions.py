@@ -10,7 +10,7 @@ import pyarrow as pa
 from pyspark.sql import SparkSession
 from pyspark.sql import functions as F  # noqa: N812
 from pyspark.sql.pandas.types import from_arrow_schema
-from pyspark.sql.types import StructType
+from pyspark.sql.types import ArrayType, DataType, StructType
 
 from dspark_batch.errors import ConfigError, Problem
 from dspark_batch.job.config import ConfigLike, JobConfig
@@ -101,7 +101,7 @@ def register(spark: SparkSession, name: str, config: ConfigLike, *, overrides: S
     parameters = ", ".join(f"{key} {kind}" + _default(key) for key, kind in SQL_TYPES.items())
     spark.sql(
         f"CREATE OR REPLACE TEMPORARY FUNCTION {name}({parameters}) "
-        f"RETURNS {struct_type(job).simpleString()} RETURN {inner}({', '.join(ARGUMENTS)})"
+        f"RETURNS {_sql_type(struct_type(job))} RETURN {inner}({', '.join(ARGUMENTS)})"
     )
 
 
@@ -142,6 +142,16 @@ def _arrow_function(job: JobConfig, *, session: SparkSession) -> Callable[..., C
 
     function = F.arrow_udf(dspark_generate, returnType=struct_type(job)).asNondeterministic()
     return cast("Callable[..., Column]", function)
+
+
+def _sql_type(kind: DataType) -> str:
+    """A type as SQL reads it; a JSON schema may have names for its fields that only quotes make names of SQL."""
+    if isinstance(kind, ArrayType):
+        return f"ARRAY<{_sql_type(kind.elementType)}>"
+    if not isinstance(kind, StructType):
+        return str(kind.simpleString())
+    fields = [f"`{field.name.replace('`', '``')}`: {_sql_type(field.dataType)}" for field in kind]
+    return f"STRUCT<{', '.join(fields)}>"
 
 
 def _default(argument: str) -> str:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import time
+from dataclasses import replace
 
-from dspark_batch.core import ErrorCode, Request, Result
+from dspark_batch.core import ErrorCode, FinishReason, Request, Result
 from dspark_batch.engine.config import EngineConfig
 from dspark_batch.errors import ConfigError, EngineError, ModelError, Problem
-from dspark_batch.testing.scripted_engine import ScriptedEngine
+from dspark_batch.testing.scripted_engine import Sample, ScriptedEngine, prompt_text
 
 STEP_DELAY_VARIABLE = "DSPARK_BATCH_TEST_STEP_DELAY_S"
 FAILURES_VARIABLE = "DSPARK_BATCH_TEST_FAILURES"
@@ -36,17 +37,35 @@ class RefusingEngine(ScriptedEngine):
         raise EngineError(f"request {request.id!r} reached an engine that must not be used")
 
 
+class EchoingEngine(ScriptedEngine):
+    """Answers with a line of the prompt, sample by sample; a character is a token, and ``max_new_tokens`` cuts."""
+
+    def _result(self, sample: Sample) -> Result:
+        result = super()._result(sample)
+        if result.error is not None:
+            return result
+        lines = prompt_text(sample.request).splitlines()
+        whole = lines[sample.sample % len(lines)]
+        text = whole[: sample.request.sampling.max_new_tokens]
+        return replace(
+            result,
+            text=text,
+            token_ids=tuple(map(ord, text)),
+            finish_reason=FinishReason.STOP if text == whole else FinishReason.LENGTH,
+            num_generated_tokens=len(text),
+        )
+
+
 def scripted(config: EngineConfig) -> ScriptedEngine:
     """A scripted engine.
 
     ``DSPARK_BATCH_TEST_STEP_DELAY_S`` slows its steps, ``DSPARK_BATCH_TEST_FAILURES`` (``prompt=code;prompt=code``)
     makes rows fail, ``DSPARK_BATCH_TEST_FAULT_AFTER`` breaks it after that many rows.
     """
-    pairs = [pair.rsplit("=", 1) for pair in os.environ.get(FAILURES_VARIABLE, "").split(";") if pair]
     fault_after = os.environ.get(FAULT_AFTER_VARIABLE)
     return SlowEngine(
         step_delay_s=float(os.environ.get(STEP_DELAY_VARIABLE, "0")),
-        failures={prompt: ErrorCode(code) for prompt, code in pairs},
+        failures=_failures(),
         fault_after_rows=None if fault_after is None else int(fault_after),
     )
 
@@ -54,6 +73,11 @@ def scripted(config: EngineConfig) -> ScriptedEngine:
 def refusing(config: EngineConfig) -> RefusingEngine:
     """An engine that takes no row."""
     return RefusingEngine()
+
+
+def echoing(config: EngineConfig) -> EchoingEngine:
+    """An engine whose texts a test writes as prompts. ``DSPARK_BATCH_TEST_FAILURES`` makes rows fail."""
+    return EchoingEngine(failures=_failures())
 
 
 def missing(config: EngineConfig) -> ScriptedEngine:
@@ -79,3 +103,8 @@ def breaking(config: EngineConfig) -> ScriptedEngine:
 def broken(config: EngineConfig) -> ScriptedEngine:
     """Breaks at its first step, always."""
     return ScriptedEngine(fault_after_rows=0)
+
+
+def _failures() -> dict[str, ErrorCode]:
+    pairs = [pair.rsplit("=", 1) for pair in os.environ.get(FAILURES_VARIABLE, "").split(";") if pair]
+    return {prompt: ErrorCode(code) for prompt, code in pairs}

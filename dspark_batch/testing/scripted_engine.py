@@ -27,7 +27,7 @@ class EngineCounters:
 
 
 @dataclass(slots=True)
-class _Sample:
+class Sample:
     ticket: int
     request: Request
     sample: int
@@ -63,8 +63,8 @@ class ScriptedEngine:
         self._failures = dict(failures or {})
         self._fault_after_rows = fault_after_rows
         self._num_emitted = 0
-        self._waiting: deque[_Sample] = deque()
-        self._running: list[_Sample] = []
+        self._waiting: deque[Sample] = deque()
+        self._running: list[Sample] = []
 
     @property
     def num_unfinished(self) -> int:
@@ -83,7 +83,7 @@ class ScriptedEngine:
         self.counters.num_requests += 1
         for sample in range(request.sampling.n):
             steps = 1 + _number("steps", prompt_text(request)) % self._max_steps
-            self._waiting.append(_Sample(ticket, request, sample, steps))
+            self._waiting.append(Sample(ticket, request, sample, steps))
             self.counters.num_samples += 1
         return ticket
 
@@ -108,7 +108,7 @@ class ScriptedEngine:
     def close(self) -> None:
         self.is_closed = True
 
-    def _result(self, sample: _Sample) -> Result:
+    def _result(self, sample: Sample) -> Result:
         code = self._failures.get(prompt_text(sample.request))
         if code is not None:
             error = RowError(code=code, message="scripted failure", retryable=code is ErrorCode.ENGINE_ERROR)

@@ -61,6 +61,36 @@ def test_a_job_runs_from_python_and_its_rows_are_read_back(job: Job) -> None:
         dspark_batch.run_job({**job.config, "sampling": {"top_p": 7}})
 
 
+def test_a_job_extracts_typed_columns_and_tries_failed_rows_again(
+    make_job: JobOf, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fits, retried, cut = '{"stars":4,"tags":["a"]}', '{"stars":5,"tags":[]}', '{"stars":3,"tags":["far too long"]}'
+    job = make_job(texts([fits, None, retried, cut, "null"]))
+    monkeypatch.setenv(ENGINE_FACTORY_VARIABLE, "dspark_batch.testing.engine_factories:echoing")
+    monkeypatch.setenv(FAILURES_VARIABLE, f"{retried}=engine_error")
+    properties = {"stars": {"type": "integer"}, "tags": {"type": "array", "items": {"type": "string"}}}
+    job.config |= {
+        "task": "extract",
+        "prompt": {"template": "{{ text }}"},
+        "sampling": {"max_new_tokens": 30, "json_schema": {"type": "object", "properties": properties}},
+        "shards": {"rows": 3},
+        "limits": {"max_failed_fraction": 0.6},
+    }
+    assert run_cli(["run", job.write(), "--preview", "1"]) == ExitCode.OK
+    assert 'answer={"stars": 4, "tags": ["a"]}' in capsys.readouterr().out
+    assert run_cli(["run", job.write()]) == ExitCode.SOME_ROWS_FAILED
+    assert errors_of(job) == {"r1": "null_prompt", "r2": "engine_error", "r3": "incomplete_json"}
+    assert "ended after 30 tokens, before its JSON was whole, by sampling.max_new_tokens" in capsys.readouterr().out
+    monkeypatch.delenv(FAILURES_VARIABLE)
+    assert run_cli(["run", job.write(), "--retry-failed"]) == ExitCode.SOME_ROWS_FAILED
+    table = read_output(str(job.out))
+    assert table.schema.field("answer").type == pa.struct([("stars", pa.int64()), ("tags", pa.list_(pa.string()))])
+    good = [{"stars": 4, "tags": ["a"]}, None, {"stars": 5, "tags": []}, None, None]
+    assert table["answer"].to_pylist() == good
+    assert errors_of(job) == {"r1": "null_prompt", "r3": "incomplete_json"}
+    assert run_cli(["run", job.write(), "limits.max_failed_fraction=0.3"]) == ExitCode.TOO_MANY_FAILED
+
+
 def test_a_second_run_finds_nothing_to_do_and_makes_no_engine(
     job: Job, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

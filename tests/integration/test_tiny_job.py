@@ -134,6 +134,11 @@ def test_constrained_texts_are_what_they_have_to_be_and_cut_ones_are_told(job: J
     rows = read_output(str(job.folder / "schema")).to_pylist()
     assert {row["answer"] for row in rows if row["error"] is None} <= {'{"stars":1}', '{"stars":5}'}
 
+    typed = ["task=extract", f"output.path={job.folder / 'typed'}"]
+    assert run_cli(["run", job.write(), *typed]) == ExitCode.SOME_ROWS_FAILED
+    values = read_output(str(job.folder / "typed"))["answer"].to_pylist()
+    assert values == [row["answer"] and json.loads(row["answer"]) for row in rows]
+
     job.config["output"]["path"] = str(job.folder / "cut")
     assert run_cli(["run", job.write(), "sampling.max_new_tokens=3"]) == ExitCode.SOME_ROWS_FAILED
     assert (

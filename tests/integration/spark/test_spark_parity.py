@@ -187,6 +187,37 @@ def test_conversations_get_the_same_answers_through_every_way_in(
     assert answers(spark.sql("SELECT * FROM dspark_answer_table(TABLE(talks), id => 'key')")) == expected
 
 
+def test_extracted_values_have_the_type_of_the_schema_in_every_way_in(spark, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(ENGINE_FACTORY_VARIABLE, "dspark_batch.testing.engine_factories:echoing")
+    tag = {"type": "object", "properties": {"a tag": {"type": "string"}}}
+    properties = {"n": {"type": "integer"}, "tags": {"type": "array", "items": tag}}
+    schema = {"type": "object", "properties": properties}
+    config = {"task": "extract", "sampling": {"json_schema": schema}, "output": {"column": "text"}}
+    given = ['{"n":7,"tags":[{"a tag":"x"},{}]}', '{"tags":[]}', '{"n":']
+    frame = spark.createDataFrame(list(enumerate(given)), "key long, body string").coalesce(1)
+    frame.createOrReplaceTempView("json_texts")
+    register(spark, "dspark_extract", config)
+    register_table_function(spark, "dspark_extract_table", config)
+    call = "dspark_extract(body, id => CAST(key AS STRING))"
+    ways = [
+        generate(frame, config, prompt="body", id="key"),
+        frame.withColumn("r", generate_udf(config)("body", "key")).select("key", "r.text", "r.error"),
+        spark.sql(f"SELECT key, r.text, r.error FROM (SELECT key, {call} AS r FROM json_texts)"),
+        spark.sql("SELECT * FROM dspark_extract_table(TABLE(json_texts), prompt => 'body', id => 'key')"),
+    ]
+    expected = {
+        0: ({"n": 7, "tags": [{"a tag": "x"}, {"a tag": None}]}, None),
+        1: ({"n": None, "tags": []}, None),
+        2: (None, "incomplete_json"),
+    }
+    rows = []
+    for typed in ways:
+        assert typed.schema["text"].dataType.simpleString() == "struct<n:bigint,tags:array<struct<a tag:string>>>"
+        rows += typed.select("key", "text", "error.code").collect()
+    found = [(row.key, (row.text and row.text.asDict(recursive=True), row.code)) for row in rows]
+    assert sorted(found, key=lambda pair: pair[0]) == [pair for pair in expected.items() for _ in ways]
+
+
 def answers(frame) -> dict[int, str | None]:
     return {row.key: row.text for row in frame.select("key", "text").collect()}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import yaml
 
+from dspark_batch.batch.engines import ENGINE_FACTORY_VARIABLE
 from dspark_batch.cli import run_cli
 from dspark_batch.errors import ConfigError, FingerprintMismatchError, OutputError
 from dspark_batch.spark import run_table
@@ -122,6 +123,21 @@ def test_a_ray_job_gives_the_rows_that_spark_tasks_give(spark, source, engine, t
         spark, "wide_source", target, table_job, staging=str(tmp_path / "two"), prompt="Say {{ body }}", id="id"
     )
     assert canonical(rows) == through_spark
+
+
+@pytest.mark.slow
+def test_extracted_values_come_back_with_their_types(spark, target, tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv(ENGINE_FACTORY_VARIABLE, "dspark_batch.testing.engine_factories:echoing")
+    tag = {"type": "object", "properties": {"a tag": {"type": "string"}}}
+    schema = {"type": "object", "properties": {"tags": {"type": "array", "items": tag}}}
+    config = {"task": "extract", "sampling": {"json_schema": schema}, "limits": {"max_failed_fraction": 1.0}}
+    frame = spark.createDataFrame([(1, '{"tags":[{"a tag":"x"}]}'), (2, '{"tags":')], "id long, body string")
+    result = run_table(
+        spark, frame, target, config, staging=str(tmp_path), backend="spark", prompt="body", id="id", column="text"
+    )
+    assert result.schema["text"].dataType.simpleString() == "struct<tags:array<struct<a tag:string>>>"
+    rows = {row.id: (row.text and row.text.asDict(True), row.error and row.error.code) for row in result.collect()}
+    assert rows == {1: ({"tags": [{"a tag": "x"}]}, None), 2: (None, "incomplete_json")}
 
 
 def test_an_existing_target_and_a_foreign_staging_folder_are_refused(

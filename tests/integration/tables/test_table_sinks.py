@@ -10,6 +10,7 @@ import pytest
 from dspark_batch.core import ErrorCode
 from dspark_batch.errors import ConfigError, OutputError
 from dspark_batch.job.config import JobConfig
+from dspark_batch.testing.engine_factories import EchoingEngine
 from dspark_batch.testing.faulty_store import FaultyStore, SimulatedCrashError
 from dspark_batch.testing.pipeline import start_run
 from dspark_batch.testing.scripted_engine import ScriptedEngine
@@ -189,6 +190,29 @@ def test_columns_that_the_format_has_another_form_of_are_published_and_tried_aga
     retry_failed(table)
     assert [row["odd"] for row in table.read()] == values
     assert all(row["error"] is None for row in table.read())
+
+
+def test_values_of_a_json_schema_are_published_with_their_types(make_table):
+    item = {"type": "object", "properties": {"a name": {"type": "string"}, "n": {"type": "integer"}}}
+    properties = {"items": {"type": "array", "items": item}, "x": {"type": "number"}, "any": {}}
+    schema = {"type": "object", "properties": properties}
+    values = [
+        {"items": [{"a name": "a", "n": 2**63 - 1}, {"a name": None, "n": 0}], "x": 0.5, "any": '{"k":[true]}'},
+        {"items": [], "x": None, "any": None},
+        None,
+    ]
+    given = [
+        '{"items":[{"a name":"a","n":9223372036854775807},{"n":0}],"x":0.5,"any":{"k":[true]}}',
+        '{"items":[]}',
+        "{",
+    ]
+    table = make_table()
+    table.write_input("a.parquet", pa.table({"id": ["a", "b", "c"], "text": given, "n": [0, 1, 2]}))
+    config = table.config(sampling={"temperature": 0.0, "json_schema": schema}, prompt={"template": "{{ text }}"})
+    start_run(config.model_copy(update={"task": "extract"}), engine=EchoingEngine())
+    rows = table.read()
+    assert [row["answer"] for row in rows] == values
+    assert [row["error"] and row["error"]["code"] for row in rows] == [None, None, "incomplete_json"]
 
 
 @pytest.mark.parametrize("kind", [pa.int16(), pa.binary(2), pa.time64("us"), pa.timestamp("ns"), pa.uint8()], ids=str)

@@ -37,6 +37,7 @@ def test_what_does_not_decide_the_output_is_not_covered_in_coupled_mode(make_con
         {"prompt": {"template": "Summarise: {{ text }}", "system": "s"}},
         {"prompt": {"template": "Summarise: {{ text }}", "chat_template_arguments": {"enable_thinking": False}}},
         {"prompt": {"messages": "text"}},
+        {"task": "extract", "sampling": {"json_schema": {"type": "integer"}}},
         {"sampling": {"seed": 1}},
         {"sampling": {"stop": ["x"]}},
         {"output": {"column": "other"}},
@@ -79,3 +80,12 @@ def test_a_run_without_newer_settings_keeps_the_fingerprint_that_it_had_before_t
     named = {"template": "{{ text }}", "chat_template_arguments": arguments}
     turned = {**named, "chat_template_arguments": dict(reversed(arguments.items()))}
     assert of(make_config(prompt=named)) == of(make_config(prompt=turned))
+
+
+def test_the_order_of_a_schema_is_that_of_a_typed_columns_fields_and_covered_there_alone(make_config):
+    properties = {"b": {"type": "integer"}, "a": {"type": "string"}}
+    one = {"json_schema": {"type": "object", "properties": properties}}
+    two = {"json_schema": {"type": "object", "properties": dict(reversed(properties.items()))}}
+    assert of(make_config(sampling=one)) == of(make_config(sampling=two))
+    typed = {of(make_config(task="extract", sampling=sampling)) for sampling in (one, two)}
+    assert len({of(make_config(sampling=one)), *typed}) == 3

@@ -99,6 +99,14 @@ def test_one_constraint_at_most_and_none_that_never_ends(tmp_path: Path) -> None
     assert any("must be false where the text is constrained" in problem.message for problem in endless.values())
 
 
+def test_extract_needs_a_schema(tmp_path: Path) -> None:
+    (problem,) = problems_of(write(tmp_path, MINIMAL + "task: extract\n"), "sampling.choices=[a, b]").values()
+    assert (problem.field, problem.source) == ("sampling.json_schema", str(tmp_path / "job.yaml"))
+    assert "must say what task extract takes out" in problem.message
+    typed = load_config(write(tmp_path, MINIMAL + "task: extract\nsampling: {json_schema: {type: integer}}\n"))
+    assert load_config(write(tmp_path, dump_config(typed))) == typed
+
+
 def test_a_section_without_a_constraint_reads_as_before_there_were_any(tmp_path: Path) -> None:
     free = load_config(write(tmp_path, MINIMAL)).sampling
     assert "choices" not in free.model_dump()

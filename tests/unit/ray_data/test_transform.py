@@ -45,6 +45,15 @@ def test_a_row_that_cannot_be_generated_keeps_its_place() -> None:
     assert [row["error"] and row["error"]["code"] for row in out.to_pylist()] == [None, "null_prompt", None]
 
 
+def test_extracted_values_have_the_type_of_the_schema() -> None:
+    schema = {"type": "object", "properties": {"n": {"type": "integer"}}}
+    config = {**CONFIG, "task": "extract", "prompt": {"template": "{{ text }}"}, "sampling": {"json_schema": schema}}
+    table = reviews(2).set_column(1, "text", pa.array(['{"n":7}', '{"n":']))
+    out = Generate(config, engine_factory="dspark_batch.testing.engine_factories:echoing")(table)
+    assert out.schema.field("answer").type == pa.struct([("n", pa.int64())])
+    assert out["answer"].to_pylist() == [{"n": 7}, None]
+
+
 def test_sampling_without_an_id_column_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"input\.id"):
         Generate({**CONFIG, "input": {}}, engine_factory=SCRIPTED)
