@@ -156,15 +156,21 @@ def _table(estimate: Estimate, job: JobConfig, *, price: Interval | None) -> lis
     where = "a machine like this one"
     if estimate.num_engines > 1:
         where = f"{estimate.num_engines} engines, each on a machine like this one"
+    one_engine = f"by one engine, {estimate.num_together} samples together"
+    rates = {
+        "generated tokens per row": _span(estimate.generated_tokens_per_row, _one_place),
+        "generated tokens": _span(estimate.generated_tokens, _whole),
+        "generated tokens/s": f"{estimate.tokens_per_s:,.0f} {one_engine}",
+    }
+    if job.max_tokens_per_row is None:
+        rates = {"rows/s": f"{estimate.rows_per_s:,.1f} {one_engine}"}
     facts = {
         "rows": rows,
         "pilot": f"{counted(estimate.num_pilot_rows, 'row')} drawn at random",
         "prompt tokens per row": _span(estimate.prompt_tokens_per_row, _one_place),
-        "generated tokens per row": _span(estimate.generated_tokens_per_row, _one_place),
         "failed rows": failed,
         "prompt tokens": _span(estimate.prompt_tokens, _whole),
-        "generated tokens": _span(estimate.generated_tokens, _whole),
-        "generated tokens/s": f"{estimate.tokens_per_s:,.0f} by one engine, {estimate.num_together} samples together",
+        **rates,
         "time": f"{_span(estimate.time_s, format_duration)} on {where}",
         "loading": f"{format_duration(estimate.load_s)} for each engine, in neither the time nor the engine-hours",
         "engine-hours": _span(estimate.engine_hours, _small),

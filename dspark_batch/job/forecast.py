@@ -113,6 +113,8 @@ class Estimate:
     generated_tokens: Interval
     tokens_per_s: float
     """Generated tokens of one engine with a full batch; the time that prompts take counts."""
+    rows_per_s: float
+    """The same in rows."""
     load_s: float
     num_engines: int
     time_s: Interval
@@ -161,6 +163,7 @@ def estimate_of(pilot: Pilot, *, num_engines: int, load_s: float) -> Estimate:
         prompt_tokens=total(prompts),
         generated_tokens=total(generated),
         tokens_per_s=sum(pilot.generated_tokens) / speed.full_s if speed.full_s else 0.0,
+        rows_per_s=pilot.num_rows / speed.full_s if speed.full_s else 0.0,
         load_s=load_s,
         num_engines=num_engines,
         time_s=time_s,

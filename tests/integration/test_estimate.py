@@ -44,6 +44,14 @@ def test_the_figures_of_a_job_are_shown_and_nothing_is_written(job: Job, capsys:
     assert not job.out.exists()
 
 
+def test_where_choices_are_scored_the_speed_is_in_rows(job: Job, capsys: Capture) -> None:
+    scored = ["task=classify", "sampling.choices=[a, b]", "sampling.temperature=0"]
+    assert run_cli(["estimate", job.write(), "--rows", "12", *scored]) == ExitCode.OK
+    out = capsys.readouterr().out
+    assert "\nrows/s " in out
+    assert "generated tokens" not in out
+
+
 def test_the_pilot_is_drawn_from_the_whole_table_and_always_the_same(
     job: Job, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -120,6 +120,7 @@ def test_engines_share_the_rows_and_each_has_an_end_of_its_own() -> None:
     assert four.time_s.value == pytest.approx(1.05 / 2 * 250 + end_s)
     assert four.engine_hours.value == pytest.approx(4 * four.time_s.value / 3600)
     assert one.tokens_per_s == pytest.approx(21 / 1.05)
+    assert one.rows_per_s == pytest.approx(2 / 1.05)
 
 
 def test_a_pilot_without_failed_rows_does_not_promise_that_there_are_none() -> None:
