@@ -60,7 +60,7 @@ def ray_session(section: RaySection) -> Iterator[None]:
                     log_to_driver=False,
                     logging_level=logging.ERROR,
                 )
-        except (ConnectionError, ValueError, RuntimeError, OSError) as error:
+        except Exception as error:  # Ray raises that class itself where its processes take too long on a busy machine.
             raise EngineError(f"Ray does not start on this machine: {error}") from error
     else:
         try:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from dspark_batch.errors import ConfigError
+from dspark_batch.errors import ConfigError, EngineError
 from dspark_batch.job.config import RaySection
-from dspark_batch.ray_data.cluster import share_of
+from dspark_batch.ray_data.cluster import ray_session, share_of
 from dspark_batch.ray_data.environment import LOCAL_SETTINGS, cluster_address, prepare_local_environment
 
 
@@ -91,3 +91,19 @@ def test_local_settings_leave_what_the_user_has_set(monkeypatch: pytest.MonkeyPa
 
     assert os.environ["RAY_BACKEND_LOG_LEVEL"] == "debug"
     assert os.environ["RAY_USAGE_STATS_ENABLED"] == "0"
+
+
+def test_a_ray_that_does_not_start_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a busy machine ``ray.init`` raises a plain ``Exception``."""
+
+    def too_slow(**_: object) -> None:
+        raise Exception("The current node timed out during startup.")
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    monkeypatch.setattr("ray.init", too_slow)
+    with (
+        pytest.raises(EngineError, match="Ray does not start on this machine: The current node timed out"),
+        ray_session(RaySection()),
+    ):
+        pass
