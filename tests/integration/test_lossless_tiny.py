@@ -7,6 +7,7 @@ import pytest
 
 from dspark_batch.bench import lossless
 from dspark_batch.bench.options import run_module
+from dspark_batch.models.kernels.library import load_kernels
 from dspark_batch.testing.tiny import save_tiny_checkpoint
 
 PROMPTS = [
@@ -24,6 +25,7 @@ PROMPTS = [
 def test_every_setting_gives_the_token_ids_of_transformers_or_of_plain_decoding(
     family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    load_kernels()  # before: in an empty cache they would be compiled again
     monkeypatch.setenv("DSPARK_BATCH_CACHE", str(tmp_path / "cache"))
     folder = save_tiny_checkpoint(tmp_path / family, family)
     prompts = tmp_path / "prompts.jsonl"

@@ -9,12 +9,14 @@ from typing import Any
 import pytest
 import torch
 
+from dspark_batch.models.kernels.library import load_kernels
 from dspark_batch.testing.tiny import save_tiny_checkpoint
 
 
 @pytest.fixture(autouse=True)
 def _private_cache(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing but the embedded model's conversion is kept in the user's cache."""
+    """Nothing but the embedded model's conversion and the kernels is kept in the user's cache."""
+    load_kernels()  # before: in an empty cache they would be compiled again
     if "model" not in request.keywords:
         monkeypatch.setenv("DSPARK_BATCH_CACHE", str(tmp_path / "cache"))
 
