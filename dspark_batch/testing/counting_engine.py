@@ -3,8 +3,8 @@
 ``EngineConfig.target`` is a folder. ``options.json`` in it may hold ``step_delay_s``, ``max_concurrency``,
 ``die_once_after_rows``, ``hang_once_after_rows`` (with ``hang_holds_lock``: in native code that keeps the interpreter's
 lock), ``break_on`` (prompts, to ``raise`` for an engine fault and ``exit`` for the end of the process),
-``die_at_load``, ``warning`` (logged at each load) and ``note_steps``. ``loads.jsonl``, ``rows.txt`` and ``steps.jsonl``
-are written.
+``die_at_load``, ``warning`` (logged at each load), ``note_steps`` and ``wait_for_loads`` (no engine makes a step until
+so many were made). ``loads.jsonl``, ``rows.txt`` and ``steps.jsonl`` are written.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from dspark_batch.testing.scripted_engine import ScriptedEngine, prompt_text
 
 FACTORY = "dspark_batch.testing.counting_engine:counting"
 HANG_S = 3600
+MOST_WAIT_S = 60.0
 NOTED_VARIABLES = ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")
 
 
@@ -93,6 +94,7 @@ class CountingEngine(ScriptedEngine):
         self._hang_after: int | None = options.get("hang_once_after_rows")
         self._hang_holds_lock = bool(options.get("hang_holds_lock"))
         self._note_steps = bool(options.get("note_steps"))
+        self._wait_for_loads = int(options.get("wait_for_loads", 0))
         self._break_on: dict[str, str] = options.get("break_on", {})
         self._num_out = 0
 
@@ -101,6 +103,8 @@ class CountingEngine(ScriptedEngine):
         return super().add(request)
 
     def step(self) -> list[tuple[int, Result]]:
+        if self._wait_for_loads:
+            self._wait()
         time.sleep(self._step_delay_s)
         for sample in (*self._running, *self._waiting):
             match self._break_on.get(prompt_text(sample.request)):
@@ -118,6 +122,12 @@ class CountingEngine(ScriptedEngine):
             done = [result.id for _, result in out]
             self._folder.note("steps.jsonl", [*done, *(sample.request.id for sample in self._running)])
         return out
+
+    def _wait(self) -> None:
+        end_s = time.monotonic() + MOST_WAIT_S
+        while len(self._folder.loads()) < self._wait_for_loads and time.monotonic() < end_s:
+            time.sleep(0.05)
+        self._wait_for_loads = 0
 
 
 def _hang(*, holds_lock: bool) -> None:

@@ -61,10 +61,10 @@ def test_a_hung_engine_is_replaced_and_its_shards_are_made_again(
 
 
 def test_a_pool_grows_while_shards_wait_and_starts_with_the_fewest(make_ray_job: MakeRayJob) -> None:
-    job, folder = make_ray_job(240, rows_per_shard=10, step_delay_s=0.15)
+    job, folder = make_ray_job(120, rows_per_shard=10, wait_for_loads=3)
     job.config["ray"]["actors"] = {"min": 1, "max": 3}
     assert run_cli(["run", job.write()]) == ExitCode.OK
-    assert_every_row_once(job, 240)
+    assert_every_row_once(job, 120)
     assert len(pids(folder)) == 3
 
 
@@ -109,12 +109,13 @@ def test_a_process_that_ends_while_it_loads_is_tried_again_and_then_told_in_one_
 def test_what_engines_warn_of_while_they_load_is_shown_once(
     make_ray_job: MakeRayJob, backend: str, capsys: Capture
 ) -> None:
-    job, folder = make_ray_job(40, rows_per_shard=10, step_delay_s=0.1, warning="native kernels are off (scripted)")
-    # One shard at a time, so that the first actor does not take all of them before the second has loaded.
-    job.config["ray"] |= {"actors": 2, "shards_in_flight": 1}
+    num_engines = 2 if backend == "ray" else 1
+    warning = "native kernels are off (scripted)"
+    job, folder = make_ray_job(40, rows_per_shard=10, wait_for_loads=num_engines, warning=warning)
+    job.config["ray"]["actors"] = 2
     assert run_cli(["run", job.write(), f"engine.backend={backend}"]) == ExitCode.OK
-    assert len(folder.loads()) == (2 if backend == "ray" else 1)
-    assert capsys.readouterr().err.count("warning: native kernels are off (scripted)\n") == 1
+    assert len(folder.loads()) == num_engines
+    assert capsys.readouterr().err.count(f"warning: {warning}\n") == 1
 
 
 @pytest.mark.parametrize(
