@@ -38,33 +38,38 @@ def one_thread() -> Any:
 NUM_TOKENS = 41
 
 
-def small_target(folder: Path) -> Path:
+def small_target(folder: Path) -> None:
     """A target that drafters can learn in seconds: mostly the last token decides, and its choice is clear."""
-    if not folder.is_dir():
-        special = {"bos_token_id": 0, "pad_token_id": 1, "eos_token_id": NUM_TOKENS - 1}
-        save_tiny_checkpoint(folder, tokenizer=False, vocab_size=NUM_TOKENS, **special)
-        weights = load_file(folder / "model.safetensors")
-        for name in weights:
-            if "o_proj" in name or "down_proj" in name:
-                weights[name] *= 0.05
-        weights["lm_head.weight"] *= 3.0
-        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    special = {"bos_token_id": 0, "pad_token_id": 1, "eos_token_id": NUM_TOKENS - 1}
+    save_tiny_checkpoint(folder, tokenizer=False, vocab_size=NUM_TOKENS, **special)
+    weights = load_file(folder / "model.safetensors")
+    for name in weights:
+        if "o_proj" in name or "down_proj" in name:
+            weights[name] *= 0.05
+    weights["lm_head.weight"] *= 3.0
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def prompt_table(file: Path, *, num_rows: int = 160) -> None:
+    ids = np.random.default_rng(0).integers(0, NUM_TOKENS - 1, (num_rows, 5)).tolist()
+    file.write_text("".join(json.dumps({"ids": row}) + "\n" for row in ids))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A target, prompts, and the output of a training over them that ended with the responses."""
+    folder = tmp_path_factory.mktemp("data")
+    small_target(folder / "target")
+    prompt_table(folder / "prompts.jsonl")
+    assert run_training(config(training_values(folder, folder)), last_stage="responses")
     return folder
 
 
-def prompt_table(folder: Path, *, num_rows: int = 160) -> Path:
-    file = folder / "prompts.jsonl"
-    random = np.random.default_rng(0)
-    ids = random.integers(0, NUM_TOKENS - 1, (num_rows, 5)).tolist()
-    file.write_text("".join(json.dumps({"ids": row}) + "\n" for row in ids))
-    return file
-
-
-def training_values(folder: Path, **optimize: Any) -> dict[str, Any]:
-    """A training of seconds, over prompts of random tokens."""
-    prompts = {"input": {"path": str(prompt_table(folder))}, "prompt": {"token_ids": "ids"}}
+def training_values(folder: Path, data: Path, **optimize: Any) -> dict[str, Any]:
+    """A training of seconds in ``folder``, over prompts of random tokens."""
+    prompts = {"input": {"path": str(data / "prompts.jsonl")}, "prompt": {"token_ids": "ids"}}
     return {
-        "model": {"target": str(small_target(folder / "target")), "dtype": "float32"},
+        "model": {"target": str(data / "target"), "dtype": "float32"},
         "prompts": {"table": prompts},
         "responses": {"max_new_tokens": 40, "temperatures": [0.0], "rows_per_part": 64},
         "drafter": {"block_size": 4, "taps": [0, 1], "markov_rank": 32, "draft_vocab_size": NUM_TOKENS - 7},
@@ -88,6 +93,15 @@ def config(values: dict[str, Any]) -> TrainConfig:
     return TrainConfig.model_validate(values)
 
 
+def with_responses(values: dict[str, Any], data: Path) -> dict[str, Any]:
+    """The training goes on from the responses of ``data``."""
+    output = Path(values["output"])
+    output.mkdir()
+    for name in ("data.json", "prompts", "responses"):
+        (output / name).symlink_to(data / "out" / name)
+    return values
+
+
 def card(folder: Path) -> dict[str, Any]:
     loaded: dict[str, Any] = json.loads((folder / "drafter" / "card.json").read_text())
     return loaded
@@ -101,9 +115,9 @@ def losses(points: list[CurvePoint]) -> list[tuple[int, float, float]]:
     return [(p.step, p.loss, p.distance) for p in points]
 
 
-def test_training_raises_the_accepted_length_well_above_an_untrained_drafter(tmp_path: Path) -> None:
-    values = training_values(tmp_path)
-    untrained = {**values, "output": str(tmp_path / "untrained")}
+def test_training_raises_the_accepted_length_well_above_an_untrained_drafter(tmp_path: Path, data: Path) -> None:
+    values = training_values(tmp_path, data)
+    untrained = with_responses({**values, "output": str(tmp_path / "untrained")}, data)
     untrained["optimize"] = {**values["optimize"], "num_steps": 1, "learning_rate": 1e-9}
     assert run_training(config(values))
     assert run_training(config(untrained))
@@ -122,7 +136,8 @@ def test_training_raises_the_accepted_length_well_above_an_untrained_drafter(tmp
     points = read_curve(tmp_path / "out" / "training" / "curve.jsonl")
     assert points[-1].loss < 0.7 * points[0].loss
     # The next training may go on from this drafter.
-    again = {**values, "start_from": str(tmp_path / "out" / "drafter"), "output": str(tmp_path / "again")}
+    again = with_responses({**values, "output": str(tmp_path / "again")}, data)
+    again["start_from"] = str(tmp_path / "out" / "drafter")
     again["optimize"] = {**values["optimize"], "num_steps": 5, "learning_rate": 1e-4}
     assert run_training(config(again), last_stage="train")
     assert read_curve(tmp_path / "again" / "training" / "curve.jsonl")[0].loss < 1.1 * points[-1].loss
@@ -149,8 +164,8 @@ def killed_run(values: dict[str, Any], folder: Path, *, after_step: int) -> None
         process.wait()
 
 
-def test_a_killed_training_goes_on_with_the_same_loss_curve(tmp_path: Path) -> None:
-    values = training_values(tmp_path, num_steps=300, anchors_per_sequence=7)
+def test_a_killed_training_goes_on_with_the_same_loss_curve(tmp_path: Path, data: Path) -> None:
+    values = with_responses(training_values(tmp_path, data, num_steps=300, anchors_per_sequence=7), data)
     killed_run(values, tmp_path, after_step=25)
     stopped = read_curve(tmp_path / "out" / "training" / "curve.jsonl")
     assert stopped[-1].step < 300
@@ -160,10 +175,7 @@ def test_a_killed_training_goes_on_with_the_same_loss_curve(tmp_path: Path) -> N
     resumed = read_curve(tmp_path / "out" / "training" / "curve.jsonl")
     assert stopped[0].step <= 25 < resumed[-1].step < 300
     # The same data, trained without a break as far as the broken run got.
-    whole = {**values, "output": str(tmp_path / "whole")}
-    for name in ("data.json", "prompts", "responses"):
-        (tmp_path / "whole").mkdir(exist_ok=True)
-        os.symlink(tmp_path / "out" / name, tmp_path / "whole" / name)
+    whole = with_responses({**values, "output": str(tmp_path / "whole")}, data)
     clock = iter(range(10_000))
     limit = Deadline(end_s=float(len(resumed) - 1), clock=lambda: float(next(clock)))
     run_training(config(whole), deadline=limit, last_stage="train")
@@ -175,8 +187,8 @@ def test_a_killed_training_goes_on_with_the_same_loss_curve(tmp_path: Path) -> N
         assert ours == pytest.approx(theirs, rel=1e-4)
 
 
-def test_other_settings_never_go_on_from_a_saved_state_or_mix_their_data(tmp_path: Path) -> None:
-    values = training_values(tmp_path, num_steps=10)
+def test_other_settings_never_go_on_from_a_saved_state_or_mix_their_data(tmp_path: Path, data: Path) -> None:
+    values = with_responses(training_values(tmp_path, data, num_steps=10), data)
     assert run_training(config(values), last_stage="train")
     other = {**values, "optimize": {**values["optimize"], "learning_rate": 1e-3}}
     with pytest.raises(OutputError, match="other settings"):
@@ -186,12 +198,12 @@ def test_other_settings_never_go_on_from_a_saved_state_or_mix_their_data(tmp_pat
         run_training(config(mixed))
 
 
-def job_of(folder: Path, name: str, prompts: list[list[int]]) -> Path:
+def job_of(folder: Path, name: str, prompts: list[list[int]], *, target: Path) -> Path:
     """The config of a local job over ready-made prompts."""
     table = folder / f"{name}.jsonl"
     table.write_text("".join(json.dumps({"ids": ids}) + "\n" for ids in prompts))
     fields = {
-        "model": {"target": str(small_target(folder / "target")), "dtype": "float32"},
+        "model": {"target": str(target), "dtype": "float32"},
         "input": {"path": str(table)},
         "prompt": {"token_ids": "ids"},
         "sampling": {"max_new_tokens": 40},
@@ -204,15 +216,15 @@ def job_of(folder: Path, name: str, prompts: list[list[int]]) -> Path:
 
 
 def test_a_drafter_trained_on_one_jobs_output_does_better_on_the_next_job(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv(ENGINE_FACTORY_VARIABLE, raising=False)  # Spark sessions of other tests keep theirs
-    values = training_values(tmp_path, num_steps=1, learning_rate=1e-9)
+    values = with_responses(training_values(tmp_path, data, num_steps=1, learning_rate=1e-9), data)
     run_training(config(values), last_stage="train")
     prompts = np.random.default_rng(7).integers(0, NUM_TOKENS - 1, (120, 5)).tolist()
     nights = Nights(
-        first=job_of(tmp_path, "first", prompts[:100]),
-        next_job=job_of(tmp_path, "next", prompts[100:]),
+        first=job_of(tmp_path, "first", prompts[:100], target=data / "target"),
+        next_job=job_of(tmp_path, "next", prompts[100:], target=data / "target"),
         output=tmp_path / "nightly",
         drafter=tmp_path / "out" / "drafter",
         num_steps=150,
