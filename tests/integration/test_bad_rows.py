@@ -63,7 +63,7 @@ def test_a_row_that_breaks_the_engine_fails_alone_and_can_be_tried_again(
     EngineFolder.make(engine.path)
     assert run_cli(["run", job.write(), "--retry-failed"]) == ExitCode.OK
     clean = job.folder / "clean"
-    assert run_cli(["run", job.write(), f"output.path={clean}"]) == ExitCode.OK
+    assert run_cli(["run", job.write(), f"output.path={clean}", "engine.backend=local"]) == ExitCode.OK
     assert read_output(str(job.out)).equals(read_output(str(clean)))
 
 
