@@ -42,6 +42,7 @@ CELLS = [
 @pytest.fixture(scope="module")
 def nodes() -> Iterator[TwoNodes]:
     with two_nodes({STEP_DELAY_VARIABLE: str(STEP_DELAY_S)}) as running:
+        running.driver()  # starts while the undisturbed rows are made
         yield running
 
 
