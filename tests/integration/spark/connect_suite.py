@@ -57,11 +57,6 @@ def cases():
     }
 
 
-@pytest.fixture(params=SAMPLING)
-def case(request, cases):
-    return cases[request.param]
-
-
 def texts(frame) -> dict[int, str | None]:
     rows = frame.select("review_id", "text").collect()
     found = {row.review_id: row.text for row in rows}
@@ -76,17 +71,17 @@ def test_generate(reviews, cases, process, temperature) -> None:
     assert texts(generate(reviews, config, prompt=TEMPLATE, id="review_id", num_partitions=3)) == expected
 
 
-def test_column_function(reviews, case) -> None:
+def test_column_function(reviews, cases) -> None:
     from pyspark.sql.functions import concat, lit
 
-    engine, sampling, expected = case
+    engine, sampling, expected = cases["hot"]
     udf = generate_udf(job_values(engine.path, **sampling))
     frame = reviews.withColumn("r", udf(concat(lit("Summarise: "), "body"), "review_id"))
     assert texts(frame.filter("true").select("review_id", "r.text")) == expected
 
 
-def test_sql_function(spark, reviews, case) -> None:
-    engine, sampling, expected = case
+def test_sql_function(spark, reviews, cases) -> None:
+    engine, sampling, expected = cases["hot"]
     register(spark, "dspark_generate", job_values(engine.path, **sampling))
     frame = spark.sql(
         "SELECT review_id, dspark_generate('Summarise: ' || body, id => CAST(review_id AS STRING), max_tokens => 7)"
@@ -95,8 +90,8 @@ def test_sql_function(spark, reviews, case) -> None:
     assert texts(frame) == expected
 
 
-def test_table_function(spark, reviews, case) -> None:
-    engine, sampling, expected = case
+def test_table_function(spark, reviews, cases) -> None:
+    engine, sampling, expected = cases["hot"]
     register_table_function(spark, "dspark_generate_table", job_values(engine.path, **sampling))
     frame = spark.sql(f"SELECT * FROM dspark_generate_table(TABLE(reviews), prompt => '{TEMPLATE}', id => 'review_id')")
     assert texts(frame) == expected
