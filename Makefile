@@ -20,7 +20,7 @@ quickstart: $(VENV)/.installed-run
 	@$(BIN)/dspark-batch run configs/quickstart.yaml
 
 test: lint
-	$(BIN)/pytest -n 2 --dist loadfile
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
