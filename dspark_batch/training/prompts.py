@@ -140,7 +140,7 @@ def job_rows(path: str, codec: TextCodec | None, *, eos_token_ids: Sequence[int]
 
     Raises:
         ConfigError: the config is wrong, or its output lacks columns that the prompt was made of.
-        InputError, OutputError: there is no output yet.
+        InputError, OutputError: there is no output yet, or it has neither token ids nor texts to make them of.
     """
     from dspark_batch.batch.commit import read_output
     from dspark_batch.job.loader import absolute_paths, load_config
@@ -150,6 +150,11 @@ def job_rows(path: str, codec: TextCodec | None, *, eos_token_ids: Sequence[int]
     ids = tuple(str(i) for i in range(table.num_rows))
     prompts = {row.id: row for row in _rendered(job, table, ids, codec, name="job")}
     has_ids = job.output.token_ids
+    if not has_ids and job.task == "extract":
+        raise InputError(
+            f"{job.output.path} holds the values of its texts (task: extract) and no token ids; "
+            "generate it again with output.token_ids: true, or give prompts.table"
+        )
     if not has_ids and codec is None:
         raise InputError(f"{job.output.path} holds no token ids, and the target has no tokenizer")
     outputs = table.column(job.output.name_of("token_ids") if has_ids else job.output.column).to_pylist()

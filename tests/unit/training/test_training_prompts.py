@@ -164,6 +164,24 @@ def test_a_finished_job_gives_its_prompts_with_its_own_responses(
     assert {row.temperature for row in rows} == {0.7}
 
 
+@pytest.mark.parametrize("keeps_ids", [True, False])
+def test_the_responses_of_typed_columns_are_their_token_ids(
+    codec: TextCodec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keeps_ids: bool
+) -> None:
+    monkeypatch.setenv(ENGINE_FACTORY_VARIABLE, "dspark_batch.testing.engine_factories:echoing")
+    job = write_job(tmp_path, pa.table({"id": ["a"], "text": ['{"n":7}']}))
+    schema = {"type": "object", "properties": {"n": {"type": "integer"}}}
+    job.config |= {"task": "extract", "prompt": {"template": "{{ text }}"}, "sampling": {"json_schema": schema}}
+    job.config["output"]["token_ids"] = keeps_ids
+    run_cli(["run", job.write()])
+    if keeps_ids:
+        (row,) = job_rows(str(job.path), codec, eos_token_ids=())
+        assert row.token_ids[row.prompt_len :].tolist() == list(map(ord, '{"n":7}'))
+        return
+    with pytest.raises(InputError, match=r"output\.token_ids: true"):
+        job_rows(str(job.path), codec, eos_token_ids=())
+
+
 def test_a_job_without_output_is_an_error_that_names_the_path(codec: TextCodec, tmp_path: Path) -> None:
     job = write_job(tmp_path, pa.table({"id": ["a"], "text": ["x"]}))
     job.write()
