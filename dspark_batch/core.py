@@ -82,7 +82,7 @@ class SamplingParams:
     ``Result.choice_scores`` says how probable each is.
 
     Raises:
-        ValueError: a value is out of range; the message names the field and the value.
+        ValueError: values are out of range; a line of the message for each names the field and the value.
     """
 
     max_new_tokens: int = 256
@@ -128,9 +128,9 @@ class SamplingParams:
             ("ignore_eos", not (self.ignore_eos and self.constraint), "must be false where the text is constrained"),
             *(self._checks_of_scores() if self.score_choices else ()),
         )
-        for name, ok, rule in checks:
-            if not ok:
-                raise ValueError(f"sampling.{name} {rule}, got {getattr(self, name)!r}")
+        problems = [f"sampling.{name} {rule}, got {getattr(self, name)!r}" for name, ok, rule in checks if not ok]
+        if problems:
+            raise ValueError("\n".join(problems))
 
     def _checks_of_scores(self) -> tuple[tuple[str, bool, str], ...]:
         why = "where choices are scored and nothing is drawn"
@@ -141,6 +141,7 @@ class SamplingParams:
             ("repetition_penalty", self.repetition_penalty == 1.0, f"must be 1 {why}"),
             ("logprobs", self.logprobs is None, f"must be None {why}"),
             ("stop", not self.stop, f"must be empty {why}"),
+            ("stop_token_ids", not self.stop_token_ids, f"must be empty {why}"),
         )
 
     @property

@@ -52,11 +52,10 @@ class SamplingSection(BaseModel):
             if getattr(self, name) == "":
                 raise ValueError(f"sampling.{name} must not be empty; null: the text is free")
         problems = []
-        for name, value in self.to_fields().items():
-            try:
-                SamplingParams(**{name: value})
-            except ValueError as error:
-                problems.append(str(error))
+        try:
+            self.to_params()
+        except ValueError as error:
+            problems.append(str(error))
         if (constraint := self.constraint()) is not None:
             from dspark_batch.sampling.constraints import problem_of
 
@@ -64,7 +63,6 @@ class SamplingSection(BaseModel):
                 problems.append(f"sampling.{constraint.kind} cannot be followed: {problem}")
         if problems:
             raise ValueError("\n".join(problems))
-        self.to_params()
         return self
 
     @model_serializer(mode="wrap")

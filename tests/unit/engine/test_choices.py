@@ -217,6 +217,7 @@ def test_logits_that_are_no_numbers_fail_their_row_alone() -> None:
         ({"n": 2}, "sampling.n must be 1"),
         ({"logprobs": 1}, "sampling.logprobs must be None"),
         ({"stop": ("a",)}, "sampling.stop must be empty"),
+        ({"stop_token_ids": (3,)}, "sampling.stop_token_ids must be empty"),
         ({"repetition_penalty": 1.1}, "sampling.repetition_penalty must be 1"),
     ],
 )

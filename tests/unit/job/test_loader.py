@@ -296,7 +296,8 @@ def test_what_the_engine_decides_when_it_renders_a_chat_is_no_argument() -> None
 def test_a_classifying_job_needs_choices_and_nothing_that_draws(tmp_path: Path) -> None:
     file = write(tmp_path, MINIMAL)
     assert "must name the labels" in problems_of(file, "task=classify")["sampling.choices"].message
-    found = problems_of(file, "task=classify", "sampling.choices=[a, b]", "sampling.temperature=0.5")
+    found = problems_of(file, "task=classify", "sampling.choices=[a, b]", "sampling.temperature=0.5", "sampling.n=2")
+    assert found.keys() == {"sampling.temperature", "sampling.n"}
     assert "must be 0 where choices are scored" in found["sampling.temperature"].message
     job = load_config(file, overrides=["task=classify", "sampling.choices=[a, b]", "speculation.drafter=suffix"])
     assert job.sampling_params().score_choices
