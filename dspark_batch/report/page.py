@@ -24,6 +24,7 @@ MAX_LISTED = 40
 
 _KEYS_IN_URI = re.compile(r"://[^/@\s]*@")
 SHOWN_SETTINGS = (
+    "task",
     "model.target",
     "speculation.drafter",
     "speculation.schedule",
@@ -220,9 +221,10 @@ def _without_secrets(text: str) -> str:
 
 
 def _setting(config: Mapping[str, Any], name: str) -> object:
-    section, _, key = name.partition(".")
-    values = config.get(section)
-    return values.get(key) if isinstance(values, Mapping) else None
+    found: object = config
+    for key in name.split("."):
+        found = found.get(key) if isinstance(found, Mapping) else None
+    return found
 
 
 def _duration(seconds: float) -> str:

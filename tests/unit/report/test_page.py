@@ -117,6 +117,10 @@ def test_hostile_text_comes_out_as_text_and_nothing_is_fetched(run: RunRecords) 
     assert draw_page(replace(run, path="/data/\udcff")).encode()
 
 
+def test_the_settings_say_what_is_done_with_each_row(run: RunRecords) -> None:
+    assert "task classify" in Tags(draw_page(replace(run, config={"task": "classify"}))).text
+
+
 def test_keys_in_uris_are_left_out(run: RunRecords) -> None:
     config = {"input": {"path": ["s3://me:geheim@in/a", "s3://in/b@c"]}}
     page = draw_page(replace(run, path="s3://me:geheim@out/x", config=config))
