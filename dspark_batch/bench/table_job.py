@@ -2,7 +2,8 @@
 
 ``python -m dspark_batch.bench.table_job --rows 2000 --repeats 3``. The job's time runs from the moment its engine is
 loaded to its last commit: it reads, renders and tokenizes the prompts, and writes and commits Parquet. The bare engine
-gets rendered messages and its results are dropped. The texts of both are compared.
+gets rendered messages and its results are dropped. The texts of both are compared. The time within steps of the engine
+is shown too: what a job takes beyond it is the job's own, while a step lasts as long as the machine lets it.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from dspark_batch.bench.options import (
     write_json,
 )
 from dspark_batch.bench.table_rows import TEMPLATE, benchmark_rows
-from dspark_batch.core import Message, Request
+from dspark_batch.core import Message, Request, Result
 from dspark_batch.provenance import device_facts, versions
 
 if TYPE_CHECKING:
@@ -42,8 +43,9 @@ if TYPE_CHECKING:
     from dspark_batch.engine.engine import BatchEngine
     from dspark_batch.job.config import JobConfig
 
-LOADED_FILE_VARIABLE = "DSPARK_BATCH_BENCH_LOADED"
-"""Environment variable with the file in which the worker of a measured job notes when its engine was loaded."""
+NOTE_FILE_VARIABLE = "DSPARK_BATCH_BENCH_NOTE"
+"""Environment variable with the file in which the worker of a measured job notes when its engine was loaded, and the
+time within its steps."""
 
 KV_CACHE_GIB = 1.0
 _FACTORY = "dspark_batch.bench.table_job:noted_engine"
@@ -66,9 +68,11 @@ class Setup:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pass:
-    """One pass over the rows. whole_s: with the start of Ray and the model's loading. texts: in the table's order."""
+    """One pass over the rows. step_s: of elapsed_s, within steps of the engine. whole_s: with the start of Ray and the
+    model's loading. texts: in the table's order."""
 
     elapsed_s: float
+    step_s: float
     whole_s: float
     num_tokens: int
     texts: list[str | None]
@@ -82,8 +86,20 @@ def noted_engine(config: EngineConfig) -> BatchEngine:
     """The engine factory of the measured job."""
     from dspark_batch.engine.engine import BatchEngine
 
-    engine = BatchEngine.from_config(config)
-    Path(os.environ[LOADED_FILE_VARIABLE]).write_text(json.dumps(time.time()), encoding="utf-8")
+    class NotingEngine(BatchEngine):
+        def note(self) -> None:
+            values = {"loaded_s": loaded_s, "step_s": self.stats.total_s}
+            Path(os.environ[NOTE_FILE_VARIABLE]).write_text(json.dumps(values), encoding="utf-8")
+
+        def step(self) -> list[tuple[int, Result]]:
+            finished = super().step()
+            if not self.num_unfinished:
+                self.note()
+            return finished
+
+    engine = NotingEngine.from_config(config)
+    loaded_s = time.time()
+    engine.note()
     return engine
 
 
@@ -108,16 +124,18 @@ def measure_job(setup: Setup, *, folder: Path, name: str) -> Pass:
     from dspark_batch.job.loader import dump_config
     from dspark_batch.job.runner import run_job
 
-    config, loaded = folder / f"{name}.yaml", folder / f"{name}.loaded"
+    config, note = folder / f"{name}.yaml", folder / f"{name}.note"
     config.write_text(dump_config(_config(setup, folder=folder, name=name)), encoding="utf-8")
     started_s = time.perf_counter()
-    with _environment(loaded), (folder / f"{name}.log").open("w", encoding="utf-8") as log:
+    with _environment(note), (folder / f"{name}.log").open("w", encoding="utf-8") as log:
         outcome = run_job(config, progress=log)
     whole_s = time.perf_counter() - started_s
     assert outcome.is_success, outcome.text
     rows = read_output(str(folder / name)).sort_by("id").to_pylist()
+    noted = json.loads(note.read_text(encoding="utf-8"))
     return Pass(
-        elapsed_s=_last_commit_s(folder / name) - json.loads(loaded.read_text(encoding="utf-8")),
+        elapsed_s=_last_commit_s(folder / name) - noted["loaded_s"],
+        step_s=noted["step_s"],
         whole_s=whole_s,
         num_tokens=sum(row["num_generated_tokens"] for row in rows),
         texts=[row["text"] for row in rows],
@@ -141,8 +159,10 @@ def measure_engine(setup: Setup, *, folder: Path) -> Pass:
         loaded_s = time.perf_counter()
         results = list(engine.generate(requests))
         ended_s = time.perf_counter()
+        step_s = engine.stats.total_s
     return Pass(
         elapsed_s=ended_s - loaded_s,
+        step_s=step_s,
         whole_s=ended_s - started_s,
         num_tokens=sum(result.num_generated_tokens for result in results),
         texts=[result.text for result in results],
@@ -171,6 +191,9 @@ def compare(setup: Setup, *, folder: Path) -> dict[str, Any]:
         "engine_tokens_per_s": [one.tokens_per_s for one in engines],
         "job_tokens_per_s": [one.tokens_per_s for one in jobs],
         "job_whole_s": [one.whole_s for one in jobs],
+        "engine_outside_s": [one.elapsed_s - one.step_s for one in engines],
+        "job_outside_s": [one.elapsed_s - one.step_s for one in jobs],
+        "job_elapsed_s": [one.elapsed_s for one in jobs],
         "slowdowns": slowdowns,
         "slowdown": statistics.median(slowdowns),
         "texts_equal": all(one.texts == engines[0].texts for one in (*engines, *jobs)),
@@ -182,11 +205,13 @@ def compare(setup: Setup, *, folder: Path) -> dict[str, Any]:
 def format_result(result: dict[str, Any]) -> str:
     """A few lines for a terminal."""
     engine, job = (statistics.median(result[name]) for name in ("engine_tokens_per_s", "job_tokens_per_s"))
+    outside, elapsed = (statistics.median(result[name]) for name in ("job_outside_s", "job_elapsed_s"))
     each = ", ".join(f"{slowdown:+.1f}" for slowdown in result["slowdowns"])
     return "\n".join(
         [
             f"bare engine {engine:8.0f} tokens/s",
             f"table job   {job:8.0f} tokens/s, its time {result['slowdown']:+.1f} % (repeats: {each})",
+            f"outside steps of the engine: {outside:.1f} s of the job's {elapsed:.0f}",
             f"table job with the start of Ray and of the model: {statistics.median(result['job_whole_s']):.0f} s",
             f"texts equal: {result['texts_equal']}",
         ]
@@ -225,11 +250,11 @@ def _config(setup: Setup, *, folder: Path, name: str) -> JobConfig:
 
 
 @contextmanager
-def _environment(loaded: Path) -> Iterator[None]:
-    """The workers of a run that begins here note their engine's loading in ``loaded``."""
+def _environment(note: Path) -> Iterator[None]:
+    """The workers of a run that begins here write to ``note``."""
     from dspark_batch.batch.engines import ENGINE_FACTORY_VARIABLE
 
-    values = {ENGINE_FACTORY_VARIABLE: _FACTORY, LOADED_FILE_VARIABLE: str(loaded)}
+    values = {ENGINE_FACTORY_VARIABLE: _FACTORY, NOTE_FILE_VARIABLE: str(note)}
     before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
     try:

@@ -102,7 +102,7 @@ class BatchEngine:
         self.stats = EngineStats()
 
     @classmethod
-    def from_config(cls, config: EngineConfig) -> BatchEngine:
+    def from_config(cls, config: EngineConfig) -> Self:
         """Load the target (and the drafter) that ``config`` names.
 
         Raises:

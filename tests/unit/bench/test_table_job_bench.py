@@ -25,5 +25,7 @@ def test_the_job_and_the_bare_engine_do_equal_work(tmp_path: Path, monkeypatch: 
     assert result["texts_equal"]
     assert len(result["slowdowns"]) == len(result["job_whole_s"]) == 2
     assert all(job_s > 0 for job_s in result["job_tokens_per_s"])
-    assert len(format_result(result).splitlines()) == 4
+    for outside_s, elapsed_s in zip(result["job_outside_s"], result["job_elapsed_s"], strict=True):
+        assert 0 < outside_s < elapsed_s
+    assert len(format_result(result).splitlines()) == 5
     assert ENGINE_FACTORY_VARIABLE not in os.environ
