@@ -8,6 +8,7 @@ import random
 from itertools import product
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -118,6 +119,7 @@ def plain_scores(model: ScriptedModel, prompt: tuple[int, ...], choices: list[st
     num_kv_tokens=st.sampled_from([64, 131, 4096]),
     taps=st.sampled_from([(), (1,)]),
     share=st.booleans(),
+    num_logit_positions=st.sampled_from([1, 5, 2048]),
 )
 @settings(max_examples=100, deadline=None)
 def test_scores_equal_one_pass_for_each_choice_whatever_decodes_beside_them(
@@ -127,6 +129,7 @@ def test_scores_equal_one_pass_for_each_choice_whatever_decodes_beside_them(
     num_kv_tokens: int,
     taps: tuple[int, ...],
     share: bool,
+    num_logit_positions: int,
 ) -> None:
     alphabet = random.Random(3)
     common = [alphabet.randrange(VOCAB) for _ in range(41)]
@@ -141,7 +144,8 @@ def test_scores_equal_one_pass_for_each_choice_whatever_decodes_beside_them(
     config = EngineConfig(
         max_concurrency=concurrency, max_step_tokens=max_step_tokens, share_prefixes=share, poison_dead_kv=True
     )
-    with BatchEngine(model, config, drafter=drafter) as engine:
+    logit_elements = patch("dspark_batch.engine.step._LOGIT_ELEMENTS", num_logit_positions * VOCAB)
+    with logit_elements, BatchEngine(model, config, drafter=drafter) as engine:
         tickets = {engine.add(request): request for request in requests}
         results = []
         while engine.num_unfinished:
