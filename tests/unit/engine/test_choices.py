@@ -121,7 +121,7 @@ def plain_scores(model: ScriptedModel, prompt: tuple[int, ...], choices: list[st
     share=st.booleans(),
     num_logit_positions=st.sampled_from([1, 5, 2048]),
 )
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 def test_scores_equal_one_pass_for_each_choice_whatever_decodes_beside_them(
     rows: list[tuple[int, list[str]]],
     concurrency: int,
