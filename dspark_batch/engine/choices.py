@@ -23,7 +23,7 @@ _NUM_TREES = 64
 
 
 @dataclass(frozen=True, slots=True)
-class _Path:
+class ChoicePath:
     """One round of a prompt. ``nodes[i]`` is the token ``tokens[i]``, predicted after ``places[i]`` tokens of draft."""
 
     draft: tuple[int, ...]
@@ -74,7 +74,7 @@ class ChoiceTree:
         probs: list[float] = np.exp(logs - total).tolist()
         return ChoiceScores(dict(zip(self.texts, probs, strict=True)), coverage=min(1.0, float(np.exp(total))))
 
-    def _find_paths(self) -> list[_Path]:
+    def _find_paths(self) -> list[ChoicePath]:
         children: dict[tuple[int, ...], list[tuple[int, int]]] = {}
         for prefix, node in self._nodes.items():
             children.setdefault(prefix[:-1], []).append((prefix[-1], node))
@@ -92,7 +92,7 @@ class ChoiceTree:
                 for token, node in children.pop(draft[:place], ())
             ]
             places, tokens, nodes = zip(*found, strict=True)
-            paths.append(_Path(draft, places, tokens, nodes))
+            paths.append(ChoicePath(draft, places, tokens, nodes))
         assert not children, "a token of a choice lies on no path"
         return paths
 
@@ -119,19 +119,13 @@ class ChoiceWalk:
         self._logprobs = np.full(tree.num_nodes, np.nan)
 
     @property
-    def draft(self) -> tuple[int, ...]:
-        """The tokens to compute after the prompt in the next round."""
-        return self.tree.paths[self._num_read].draft
-
-    @property
-    def wanted(self) -> tuple[Sequence[int], Sequence[int]]:
-        """(places, tokens) whose log-probabilities ``take`` wants, of the next round."""
-        path = self.tree.paths[self._num_read]
-        return path.places, path.tokens
+    def path(self) -> ChoicePath:
+        """What the next round computes after the prompt, and reads."""
+        return self.tree.paths[self._num_read]
 
     def take(self, logprobs: Sequence[float]) -> bool:
-        """Note what ``wanted`` asked for; True when all is known."""
-        self._logprobs[list(self.tree.paths[self._num_read].nodes)] = logprobs
+        """Note the log-probabilities of the path's tokens; True when all is known."""
+        self._logprobs[list(self.path.nodes)] = logprobs
         self._num_read += 1
         if self._num_read < len(self.tree.paths):
             return False
@@ -165,8 +159,9 @@ class ChoiceTrees:
         if self._codec is None:
             raise ValueError("scoring sampling.choices needs a checkpoint with a tokenizer")
         texts: list[str] = json.loads(constraint.source)
-        token_ids = [tuple(self._codec.encode_plain(text)) for text in texts]
-        for text, tokens in zip(texts, token_ids, strict=True):
+        found: dict[tuple[int, ...], str] = {}
+        for text in texts:
+            tokens = tuple(self._codec.encode_plain(text))
             if not tokens:
                 raise ValueError(f"sampling.choices: {text!r} has no tokens; give another text")
             if len(tokens) > self._max_step_tokens:
@@ -174,9 +169,7 @@ class ChoiceTrees:
                     f"sampling.choices: {text!r} has {len(tokens)} tokens, and a step takes {self._max_step_tokens}; "
                     "shorten it, or raise engine.max_step_tokens"
                 )
-        same: dict[tuple[int, ...], str] = {}
-        for text, tokens in zip(texts, token_ids, strict=True):
-            if tokens in same:
-                raise ValueError(f"sampling.choices: {same[tokens]!r} and {text!r} are the same tokens; drop one")
-            same[tokens] = text
-        return ChoiceTree(texts, token_ids)
+            if tokens in found:
+                raise ValueError(f"sampling.choices: {found[tokens]!r} and {text!r} are the same tokens; drop one")
+            found[tokens] = text
+        return ChoiceTree(texts, list(found))

@@ -60,7 +60,7 @@ def lay_out(
         if isinstance(owner, RowState) and _lacks_prefix(owner, prefix_len):
             continue
         room = max_step_tokens - len(flat)
-        draft = owner.choices.draft if isinstance(owner, RowState) and owner.choices is not None else ()
+        draft = owner.choices.path.draft if isinstance(owner, RowState) and owner.choices is not None else ()
         ends = isinstance(owner, RowState) and owner.num_pending + len(draft) <= room
         # A choice is scored in one piece with the last token of the prompt, which stays behind where there is no room.
         num_tokens = owner.num_pending if ends else min(owner.num_pending - bool(draft), room)

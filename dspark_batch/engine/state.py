@@ -140,10 +140,11 @@ class RowState:
         )
 
     def _scored(self, walk: ChoiceWalk) -> Result:
-        token_ids = walk.tree.token_ids[walk.best]
+        best = walk.best
+        token_ids = walk.tree.token_ids[best]
         return Result(
             id=self.request.id,
-            text=walk.tree.texts[walk.best],
+            text=walk.tree.texts[best],
             token_ids=token_ids,
             finish_reason=FinishReason.STOP,
             num_prompt_tokens=self.prompt_len,

@@ -306,13 +306,12 @@ def _score_some(parts: Sequence[Part], logits: Tensor, tally: _Tally) -> None:
     walks = [row.choices for row in rows if row.choices is not None]
     flat, places, tokens = 0, list[int](), list[int]()
     for part, walk in zip(parts, walks, strict=True):
-        after, wanted = walk.wanted
-        places.extend(flat + place for place in after)
-        tokens.extend(wanted)
+        places.extend(flat + place for place in walk.path.places)
+        tokens.extend(walk.path.tokens)
         flat += part.num_positions
     found = iter(logits.log_softmax(-1)[places, tokens].tolist())
     for row, walk in zip(rows, walks, strict=True):
-        logprobs = list(islice(found, len(walk.wanted[1])))
+        logprobs = list(islice(found, len(walk.path.tokens)))
         if not all(map(math.isfinite, logprobs)):
             row.error = _non_finite_error(row)
         elif walk.take(logprobs):
